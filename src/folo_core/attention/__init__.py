@@ -1,0 +1,1 @@
+"""The attention interface: backends own the KV tensors and attend over blocks."""

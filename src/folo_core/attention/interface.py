@@ -1,0 +1,102 @@
+"""What an attention backend is: it owns the KV tensors' layout, writes new keys and values, and attends over blocks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import attrs
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+@attrs.frozen(slots=True, kw_only=True)
+class KVCacheSpec:
+    """Shape of one layer's keys and values. All attention layers of a model need not share one."""
+
+    num_kv_heads: int
+    head_size: int
+    dtype: torch.dtype
+    v_head_size: int | None = None
+    """Head size of the values when it differs from the keys'; None when equal."""
+
+    def bytes_per_token(self) -> int:
+        """Bytes that one token's key and value take in this layer."""
+        value_size = self.head_size if self.v_head_size is None else self.v_head_size
+        return self.num_kv_heads * (self.head_size + value_size) * self.dtype.itemsize
+
+
+@attrs.define(slots=True, kw_only=True)
+class AttentionMetadata:
+    """One step's packed batch. Tokens of all sequences lie end to end along one axis, without padding.
+
+    Host arrays (numpy) are for backends that plan on the CPU, tensors are on the model's device.
+    Block 0 is the null block: no sequence owns it, and padding entries of a block table point to it.
+    """
+
+    num_tokens: int
+    """Number of new tokens in the step, over all sequences."""
+    query_start: np.ndarray
+    """int32 ``[num_seqs + 1]``: sequence ``i``'s new tokens are ``query_start[i]:query_start[i + 1]``."""
+    seq_lens: np.ndarray
+    """int32 ``[num_seqs]``: tokens to attend over, the new ones included."""
+    block_tables: np.ndarray
+    """int32 ``[num_seqs, max_blocks]``: the blocks of each sequence in order, padded with 0."""
+    slot_mapping: torch.Tensor
+    """int64 ``[num_tokens]``: where each new token's key and value go: ``block * block_size + offset``."""
+    block_size: int
+    query_start_device: torch.Tensor | None = None
+    """``query_start`` on the device, for backends that ask for it (``wants_device_metadata``)."""
+    seq_lens_device: torch.Tensor | None = None
+    block_tables_device: torch.Tensor | None = None
+    plan: object | None = None
+    """What ``AttentionBackend.plan`` returned for this step: shared by all layers, private to the backend."""
+
+
+@runtime_checkable
+class AttentionBackend(Protocol):
+    """Paged attention for all layers of one model. One instance per engine."""
+
+    wants_device_metadata: bool
+    """True if the backend reads the ``*_device`` tensors of AttentionMetadata."""
+
+    def allocate(self, specs: list[KVCacheSpec], num_blocks: int, block_size: int, device: torch.device) -> None:
+        """Allocate zeroed keys and values of every layer for ``num_blocks`` blocks. Called once."""
+
+    def plan(self, metadata: AttentionMetadata) -> object:
+        """Work shared by all layers of a step (sorting, index tensors). Called once per step."""
+
+    def forward(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        metadata: AttentionMetadata,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """Write the new keys and values into the blocks, then attend causally.
+
+        Args:
+            layer: index of the attention layer.
+            query: ``[num_tokens, num_heads, head_size]``.
+            key: ``[num_tokens, num_kv_heads, head_size]``.
+            value: ``[num_tokens, num_kv_heads, v_head_size]``.
+            metadata: the step's packed batch.
+            scale: factor on query-key products before the softmax.
+            sliding_window: each token sees itself and the ``sliding_window - 1`` tokens before it; None for all.
+            softcap: ``softcap * tanh(x / softcap)`` on scores before the softmax; None for none.
+
+        Returns:
+            ``[num_tokens, num_heads, v_head_size]``.
+        """
+
+    def copy_blocks(self, sources: list[int], destinations: list[int]) -> None:
+        """Copy whole blocks in every layer, in one batched operation; no destination is also a source."""
+
+    def zero_blocks(self, blocks: list[int]) -> None:
+        """Overwrite blocks with zeros in every layer, so that a NaN left behind cannot reach the next owner."""

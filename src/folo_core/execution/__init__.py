@@ -1,0 +1,1 @@
+"""How a scheduled step becomes logits and tokens."""

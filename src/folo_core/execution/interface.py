@@ -1,0 +1,127 @@
+"""What runs a step: a loaded model, and an executor that owns it (in this process or in others)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import attrs
+
+if TYPE_CHECKING:
+    import torch
+
+    from folo_core.attention.interface import AttentionBackend, AttentionMetadata, KVCacheSpec
+    from folo_core.request import Request
+    from folo_core.scheduling.interface import SchedulerOutput
+
+
+@attrs.frozen(slots=True, kw_only=True)
+class ModelInfo:
+    """What the engine must know about a model; free of torch, so that schedulers may read it."""
+
+    architecture: str
+    """The transformers class name, such as ``LlamaForCausalLM``."""
+    vocab_size: int
+    """Width of a logits row."""
+    max_model_len: int
+    """Longest sequence the model's positions allow."""
+    num_layers: int
+    """Number of attention layers."""
+    kv_bytes_per_token: int
+    """Bytes of keys and values of one token over all layers."""
+    dtype: str
+    """Resolved dtype, such as ``float32``."""
+    device: str
+    """Resolved device, such as ``cpu`` or ``cuda:0``."""
+    eos_token_ids: tuple[int, ...] = ()
+    """Tokens that end a generation unless ``ignore_eos``; from the generation config, else the config."""
+    num_parameters: int = 0
+
+
+@runtime_checkable
+class LoadedModel(Protocol):
+    """A causal language model that attends through an AttentionBackend."""
+
+    info: ModelInfo
+    kv_cache_specs: list[KVCacheSpec]
+    """One per attention layer, in layer order."""
+    device: torch.device
+
+    def bind(self, backend: AttentionBackend) -> None:
+        """Attach the backend that every attention layer will call. Called once."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        logits_indices: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """Run the packed batch.
+
+        Args:
+            input_ids: int64 ``[num_tokens]``.
+            positions: int64 ``[num_tokens]``: each token's position in its own sequence.
+            logits_indices: int64 ``[rows]``: the packed tokens whose next-token logits are wanted.
+            metadata: the step's packed batch, handed to every attention layer.
+
+        Returns:
+            Logits ``[rows, vocab_size]`` in the model's dtype.
+        """
+
+
+@attrs.define(slots=True)
+class StepResult:
+    """What one executed step brought to the host. Rows are sampled rows, requests adjacent."""
+
+    samples: list[RequestSample] = attrs.field(factory=list)
+    """One per request that sampled in this step."""
+    prompt_logprobs: dict[str, list[Any]] = attrs.field(factory=dict)
+    """Sequence id to the prompt positions' log probabilities computed in this step."""
+    errors: dict[str, Exception] = attrs.field(factory=dict)
+    """Request id to the error that ended it in this step (a NaN row, a plugin that raised)."""
+
+
+@attrs.define(slots=True)
+class RequestSample:
+    """One request's part of a SamplerOutput, on the host, with parents counted within the request."""
+
+    request_id: str
+    parents: list[int]
+    tokens: list[list[int]]
+    logprobs: list[list[float]] | None = None
+    """Log probability of each token of ``tokens`` under the model's own distribution, if asked for."""
+    top_logprobs: list[list[Any]] | None = None
+    """For each token, the (token ids, logprobs, rank of the sampled token) that the request asked for."""
+    finished: list[bool] | None = None
+
+
+@runtime_checkable
+class StepHandle(Protocol):
+    """A step that was submitted; its result may still be on its way from the device."""
+
+    def result(self) -> StepResult:
+        """Wait for the step and return what it brought."""
+
+
+@runtime_checkable
+class Executor(Protocol):
+    """Runs steps. ``max_steps_in_flight`` is the seam for scheduling ahead of the device."""
+
+    max_steps_in_flight: int
+    """How many submitted steps may be unfinished at once; 1 means schedule, run, update in lockstep."""
+    model_info: ModelInfo
+
+    def add_request(self, request: Request) -> None:
+        """Make a request known before its first step."""
+
+    def submit(self, scheduled: SchedulerOutput) -> StepHandle:
+        """Start a step."""
+
+    def remove_request(self, request_id: str) -> None:
+        """Forget a request that has ended."""
+
+    def current_part(self) -> str:
+        """Name the part (model, sampler, processor) that runs now, for a watchdog's message."""
+
+    def shutdown(self) -> None:
+        """Release the model and every worker."""

@@ -1,0 +1,1 @@
+"""How next tokens are chosen: interfaces, batch metadata and counter-based randomness."""
