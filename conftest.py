@@ -1,0 +1,17 @@
+"""Settings for every test of every distribution: no network, one thread, reproducible property tests."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+# Set before torch and transformers are imported. A test suite runs many tiny matrices, for which threads only cost.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# No deadline: a shared machine pauses when it likes. Slow data generation is no fault either, only a wrong answer is.
+settings.register_profile("folo", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.register_profile("thorough", parent=settings.get_profile("folo"), max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "folo"))

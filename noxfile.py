@@ -1,0 +1,205 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["nox>=2025.2.9"]
+# ///
+"""Everything that is ever run on this repository. Nothing but Python and pip is needed to start: ``nox -s demo``."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from email.parser import Parser
+from pathlib import Path
+from zipfile import ZipFile
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "venv"
+nox.options.sessions = ["lint", "types", "imports", "wheels", "tests"]
+
+ROOT = Path(__file__).parent
+WORK = ROOT / ".nox"
+SHARED = ".nox/shared"
+PROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
+
+PREINSTALLED = ["folo-hf", "folo-sampling", "folo-schedulers", "folo-attention"]
+PLUGINS = [*PREINSTALLED, "folo-demo-model"]
+SUITES = {
+    "core": ["tests/core", "tests/docs"],
+    **{name: [f"plugins/{name}/tests"] for name in PLUGINS},
+    "end-to-end": ["tests/end_to_end", "tests/third_party"],
+}
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+_prepared: set[str] = set()
+
+
+def group(name: str) -> list[str]:
+    """Requirements of one dependency group of pyproject.toml."""
+    return nox.project.dependency_groups(PROJECT, name)
+
+
+def install_shared(session: nox.Session) -> None:
+    """Fill the environment that most sessions share: every distribution, editable, and the test tools.
+
+    Torch takes hundreds of megabytes, so one copy serves all sessions whose result does not depend on a clean
+    environment; ``wheels`` and ``lowest``, whose result does, have their own.
+    """
+    if SHARED in _prepared:
+        return
+    session.install("pip>=25", *group("build"), *group("tests"), *group("types"))
+    editable = [part for name in PLUGINS for part in ("-e", f"plugins/{name}")]
+    # Core and its preinstalled plugins need each other, so they are named in one command.
+    session.install("--no-build-isolation", "-c", "constraints.txt", "-e", ".", *editable)
+    _prepared.add(SHARED)
+
+
+def run_suite(session: nox.Session, name: str, *extra: str) -> None:
+    """Run one distribution's tests with the core's coverage measured into a file of its own."""
+    reports = WORK / "reports"
+    reports.mkdir(parents=True, exist_ok=True)
+    for old in reports.glob(f".coverage.{name}*"):
+        old.unlink()
+    folders = [folder for folder in SUITES[name] if (ROOT / folder).is_dir()]
+    environment = {**OFFLINE, "COVERAGE_FILE": str(reports / f".coverage.{name}")}
+    command = ["coverage", "run", "-m", "pytest", "-m", "not gpu", f"--junitxml={reports / name}.xml"]
+    session.run(*command, *folders, *extra, *session.posargs, env=environment)
+
+
+@nox.session(venv_location=SHARED, reuse_venv=True)
+def demo(session: nox.Session) -> None:
+    """Install Folo with its embedded model, stream an answer and print how fast it came."""
+    install_shared(session)
+    prompt = " ".join(session.posargs) or "Explain in three sentences why the sky is blue."
+    session.run("folo", "generate", prompt, "--model", "demo", "--chat", "--max-tokens", "96", env=OFFLINE)
+
+
+@nox.session(venv_location=SHARED, reuse_venv=True)
+@nox.parametrize("suite", list(SUITES), ids=list(SUITES))
+def tests(session: nox.Session, suite: str) -> None:
+    """Test one distribution, or all of them end to end; then the core's coverage is judged."""
+    install_shared(session)
+    run_suite(session, suite)
+    session.notify("coverage")
+
+
+@nox.session(venv_location=SHARED, reuse_venv=True)
+def coverage(session: nox.Session) -> None:
+    """Combine what the suites measured. The threshold holds when the core's and the end-to-end suite both ran."""
+    install_shared(session)
+    reports = WORK / "reports"
+    combined = {"COVERAGE_FILE": str(reports / "combined")}
+    data = sorted(str(path) for path in reports.glob(".coverage.*"))
+    session.run("coverage", "combine", "--keep", "-q", *data, env=combined)
+    complete = all(any(reports.glob(f".coverage.{name}*")) for name in SUITES)
+    session.run("coverage", "report", *([] if complete else ["--fail-under=0"]), env=combined)
+
+
+@nox.session(venv_location=SHARED, reuse_venv=True)
+def gpu(session: nox.Session) -> None:
+    """Run the tests that need a CUDA device, with the torch build that suits it."""
+    install_shared(session)
+    session.run("pytest", "-m", "gpu", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff with every rule on; what is off says why in pyproject.toml."""
+    session.install(*group("lint"))
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session(venv_location=SHARED, reuse_venv=True)
+def types(session: nox.Session) -> None:
+    """Mypy, strict, over the core and every plugin."""
+    install_shared(session)
+    sources = ["src/folo_core", *(f"plugins/{name}/src/{name.replace('-', '_')}" for name in PLUGINS)]
+    session.run("mypy", *sources)
+
+
+@nox.session
+def imports(session: nox.Session) -> None:
+    """Import contracts: the layers, no torch and no pluggy where they do not belong, no source across plugins."""
+    session.install(*group("imports"))
+    sources = [str(ROOT / "src"), *(str(ROOT / "plugins" / name / "src") for name in PLUGINS)]
+    environment = {"PYTHONPATH": os.pathsep.join(sources)}
+    session.run("lint-imports", "--cache-dir", str(WORK / "import-linter"), env=environment)
+
+
+def third_party_requirements(wheelhouse: Path) -> list[str]:
+    """Requirements of our wheels that are not ours, so that ours can then be installed from the wheelhouse alone."""
+    wanted: set[str] = set()
+    for wheel in wheelhouse.glob("*.whl"):
+        with ZipFile(wheel) as archive:
+            name = next(entry for entry in archive.namelist() if entry.endswith(".dist-info/METADATA"))
+            metadata = Parser().parsestr(archive.read(name).decode())
+        wanted.update(line for line in metadata.get_all("Requires-Dist", []) if not line.startswith("folo-"))
+    return sorted(line for line in wanted if "extra ==" not in line)
+
+
+@nox.session
+def wheels(session: nox.Session) -> None:
+    """Build every distribution, install from the wheelhouse alone, and generate text with no source in sight."""
+    wheelhouse = Path(session.create_tmp()) / "wheelhouse"
+    shutil.rmtree(wheelhouse, ignore_errors=True)
+    third_party = sorted(str(path.parent) for path in (ROOT / "tests" / "third_party").glob("*/pyproject.toml"))
+    sources = [str(ROOT), *(str(ROOT / "plugins" / name) for name in PLUGINS), *third_party]
+    session.install("pip>=25", *group("build"))
+    session.run("pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(wheelhouse), *sources)
+    session.install("-c", "constraints.txt", *third_party_requirements(wheelhouse))
+    outside = wheelhouse.parent / "elsewhere"
+    shutil.rmtree(outside, ignore_errors=True)
+    outside.mkdir()
+    names = sorted(wheel.name.split("-")[0].replace("_", "-") for wheel in wheelhouse.glob("folo*.whl"))
+    session.install("--no-index", "--no-deps", "--force-reinstall", "--find-links", str(wheelhouse), *names)
+    session.run("pip", "check")
+    check = outside / "check_installed.py"
+    shutil.copy(ROOT / "tests" / "packaging" / "check_installed.py", check)
+    session.chdir(outside)
+    session.run("python", "-I", str(check), str(ROOT), env={**OFFLINE, "XDG_CACHE_HOME": str(outside / "cache")})
+
+
+def lowest_pins() -> list[str]:
+    """``name==lowest`` for each direct requirement of every distribution, ours and torch excepted."""
+    projects = [PROJECT, *(nox.project.load_toml(ROOT / "plugins" / name / "pyproject.toml") for name in PLUGINS)]
+    lines = {line for project in projects for line in project["project"]["dependencies"]}
+    found = (re.match(r"([A-Za-z0-9._-]+)(?:\[.*\])?>=([0-9.]+)", line) for line in lines)
+    pins = {match[1]: match[2] for match in found if match and match[1] != "torch" and not match[1].startswith("folo-")}
+    return [f"{name}=={version}" for name, version in sorted(pins.items())]
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """Run the suites on the lowest versions that the distributions say they work with.
+
+    Torch stays at the version of constraints.txt: of its lowest version only builds with CUDA are published.
+    """
+    session.install("pip>=25", *group("build"), *group("tests"), *lowest_pins(), "-c", "constraints.txt")
+    editable = [part for name in PLUGINS for part in ("-e", f"plugins/{name}")]
+    pins = Path(session.create_tmp()) / "lowest.txt"
+    pins.write_text("\n".join([*lowest_pins(), *(ROOT / "constraints.txt").read_text().split()]) + "\n")
+    session.install("--no-build-isolation", "-c", str(pins), "-e", ".", *editable)
+    for folders in SUITES.values():
+        present = [folder for folder in folders if (ROOT / folder).is_dir()]
+        session.run("pytest", "-q", "-m", "not gpu", *present, *session.posargs, env=OFFLINE)
+
+
+@nox.session(venv_location=SHARED, reuse_venv=True)
+def docs(session: nox.Session) -> None:
+    """Build the documentation; a warning is an error. Its code is run by the tests in tests/docs."""
+    install_shared(session)
+    session.install(*group("docs"))
+    target = WORK / "site"
+    session.run("sphinx-build", "-W", "--keep-going", "-n", "-b", "html", "docs", str(target), env=OFFLINE)
+    session.log(f"open {target / 'index.html'}")
+
+
+@nox.session(venv_location=SHARED, reuse_venv=True)
+def bench(session: nox.Session) -> None:
+    """Print what hooks, validation, sampling, forks and scheduling cost. ``-- NAME`` runs one of them."""
+    install_shared(session)
+    session.run("python", "bench/run_all.py", *session.posargs, env=OFFLINE)
