@@ -1,0 +1,43 @@
+"""Entry point: offers the attention backends of this distribution. Importing it imports no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from folo_core.plugins import hookimpl
+from folo_core.plugins.specs import AttentionBackendSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from folo_attention.sdpa import SdpaBackend
+    from folo_core.config import EngineConfig
+
+
+def _build_sdpa(config: EngineConfig) -> SdpaBackend:  # noqa: ARG001 (the backend has no options)
+    from folo_attention.sdpa import SdpaBackend
+
+    return SdpaBackend()
+
+
+def _sdpa_supports(device: str, dtype: str) -> str | None:
+    if device.split(":")[0] not in {"cpu", "cuda"}:
+        return f"sdpa is tested on cpu and cuda, not on {device}"
+    if dtype not in {"float32", "float16", "bfloat16", "float64"}:
+        return f"sdpa needs keys and values in a floating dtype, not {dtype}"
+    return None
+
+
+@hookimpl
+def folo_attention_backends() -> Sequence[AttentionBackendSpec]:
+    """Offer ``sdpa``, paged attention with PyTorch's own operators."""
+    return [
+        AttentionBackendSpec(
+            name="sdpa",
+            help="paged attention with PyTorch's own operators, on CPU and CUDA",
+            factory=_build_sdpa,
+            supports=_sdpa_supports,
+            priority=0,
+            capabilities=frozenset({"gqa", "sliding_window", "softcap"}),
+        )
+    ]

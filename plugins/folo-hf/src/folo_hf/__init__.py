@@ -1,0 +1,1 @@
+"""Model loader of Folo: causal language models of transformers."""

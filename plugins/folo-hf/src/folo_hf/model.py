@@ -1,0 +1,60 @@
+"""A transformers model that runs packed batches through paged attention."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from folo_hf.attention import PagedTarget
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from folo_core.attention.interface import AttentionBackend, AttentionMetadata
+    from folo_core.execution.interface import ModelInfo
+    from folo_hf.attention import AttentionBridge
+    from folo_hf.probe import ModelShape
+
+
+class HfLoadedModel:
+    """``LoadedModel`` over a transformers module."""
+
+    def __init__(self, module: PreTrainedModel, bridge: AttentionBridge, shape: ModelShape, info: ModelInfo) -> None:
+        self.module = module
+        self.info = info
+        self.kv_cache_specs = shape.specs
+        self.device = module.device
+        self._bridge = bridge
+        self._layers = shape.layers
+        self._target: PagedTarget | None = None
+        bridge.release_with(self)
+
+    def bind(self, backend: AttentionBackend) -> None:
+        """Attach the backend that every attention layer calls from now on."""
+        self._target = self._bridge.target = PagedTarget(backend, self._layers)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        logits_indices: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """Logits ``[rows, vocab_size]`` of the packed tokens that ``logits_indices`` names (see ``LoadedModel``)."""
+        if self._target is None:
+            raise RuntimeError("bind() an attention backend before forward()")
+        self._target.metadata = metadata
+        try:
+            output = self.module(
+                input_ids=input_ids[None],
+                position_ids=positions[None],
+                use_cache=False,
+                logits_to_keep=logits_indices,
+                return_dict=True,
+            )
+        finally:
+            self._target.metadata = None
+        logits: torch.Tensor = output.logits[0]
+        return logits

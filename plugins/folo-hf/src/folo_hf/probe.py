@@ -1,0 +1,192 @@
+"""Learns how a loaded model attends, and checks that running it packed and in chunks gives its own logits.
+
+The model runs a few tokens once in transformers' own way, sequence by sequence, and once as Folo will run it: two
+sequences packed end to end, one of them split over two steps. A model that keeps state outside attention (convolution,
+recurrence), mixes tokens across sequences, or ignores position ids gives other logits, and is refused.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import attrs
+import torch
+
+from folo_core.attention.interface import KVCacheSpec
+from folo_core.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel
+
+    from folo_hf.attention import AttentionBridge, AttentionCall
+
+FIRST, SECOND_HEAD, SECOND_TAIL = 5, 4, 3
+"""Tokens of the probe: one whole sequence, and one whose last tokens come in a second step."""
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.2, torch.bfloat16: 0.3}
+"""Largest accepted ratio of the difference's norm to the logits' norm. Wrong models are off by about 1."""
+
+
+@attrs.frozen(slots=True, kw_only=True)
+class ModelShape:
+    """What the probe found out."""
+
+    specs: list[KVCacheSpec]
+    layers: dict[int, int]
+    """``id(module)`` to the layer's index among the attention layers."""
+    windows: list[int | None]
+    vocab_size: int
+
+
+@attrs.define(slots=True)
+class _LayerTrace:
+    call: AttentionCall
+    spec: KVCacheSpec
+    calls: int = 0
+    pieces: dict[int, tuple[torch.Tensor, torch.Tensor]] = attrs.field(factory=dict)
+    """Keys and values so far of each probe sequence."""
+
+
+class DenseTarget:
+    """Plain causal attention that remembers keys, values and what each layer asked for."""
+
+    def __init__(self) -> None:
+        self.segments: list[tuple[int, slice]] = []
+        """The step's packed batch: sequence number and its rows."""
+        self.traces: dict[int, _LayerTrace] = {}
+
+    def attend(
+        self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall
+    ) -> torch.Tensor:
+        """Attend causally within each sequence."""
+        trace = self.traces.setdefault(id(module), _LayerTrace(call, _spec(key, value)))
+        trace.calls += 1
+        output = query.new_empty(*query.shape[:2], value.shape[2])
+        for number, rows in self.segments:
+            keys, values = key[rows], value[rows]
+            if number in trace.pieces:
+                old_keys, old_values = trace.pieces[number]
+                keys, values = torch.cat([old_keys, keys]), torch.cat([old_values, values])
+            trace.pieces[number] = keys, values
+            output[rows] = dense_attention(query[rows], keys, values, call)
+        return output
+
+
+def _spec(key: torch.Tensor, value: torch.Tensor) -> KVCacheSpec:
+    same = key.shape[2] == value.shape[2]
+    return KVCacheSpec(
+        num_kv_heads=key.shape[1],
+        head_size=key.shape[2],
+        dtype=key.dtype,
+        v_head_size=None if same else value.shape[2],
+    )
+
+
+def dense_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall
+) -> torch.Tensor:
+    """Causal attention of the last ``n`` tokens of one sequence, written out plainly, in float32 or wider.
+
+    Args:
+        query: ``[n, heads, size]``.
+        key: ``[m, kv_heads, size]`` with ``m >= n``.
+        value: ``[m, kv_heads, v_size]``.
+        call: scale, sliding window and softcap.
+
+    Returns:
+        ``[n, heads, v_size]`` in the query's dtype.
+    """
+    groups = query.shape[1] // key.shape[1]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    keys, values = (tensor.to(wide).repeat_interleave(groups, dim=1) for tensor in (key, value))
+    scores = torch.einsum("nhd,mhd->hnm", query.to(wide), keys) * call.scale
+    if call.softcap is not None:
+        scores = torch.tanh(scores / call.softcap) * call.softcap
+    n, m = query.shape[0], key.shape[0]
+    distance = torch.arange(m - n, m, device=key.device)[:, None] - torch.arange(m, device=key.device)
+    hidden = distance < 0
+    if call.sliding_window is not None:
+        hidden |= distance >= call.sliding_window
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+    return torch.einsum("hnm,mhd->nhd", weights, values).to(query.dtype)
+
+
+def probe(model: PreTrainedModel, bridge: AttentionBridge) -> ModelShape:
+    """Run the probe.
+
+    Raises:
+        UnsupportedModelError: some layer never called Folo's attention, asked for what it does not do, or the logits
+            differ from the model's own.
+    """
+    name = type(model).__name__
+    target = bridge.target = DenseTarget()
+    try:
+        packed = torch.cat(list(_packed_logits(model, target)))
+    finally:
+        bridge.target = None
+    _check_calls(model, target)
+    _check_logits(name, packed, _own_logits(model, bridge))
+    traces = list(target.traces.values())
+    return ModelShape(
+        specs=[trace.spec for trace in traces],
+        layers={key: index for index, key in enumerate(target.traces)},
+        windows=[trace.call.sliding_window for trace in traces],
+        vocab_size=packed.shape[-1],
+    )
+
+
+def _tokens(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two fixed sequences of different tokens, within the vocabulary."""
+    size = model.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(FIRST + SECOND_HEAD + SECOND_TAIL) * 7919 + 11) % size
+    ids = ids.to(model.device)
+    return ids[:FIRST], ids[FIRST:]
+
+
+def _packed_logits(model: PreTrainedModel, target: DenseTarget) -> Iterator[torch.Tensor]:
+    """Logits of all probe tokens, from two packed steps, in the order first sequence, second sequence."""
+    first, second = _tokens(model)
+    both = torch.cat([first, second[:SECOND_HEAD]])
+    positions = torch.cat([torch.arange(FIRST), torch.arange(SECOND_HEAD)]).to(model.device)
+    target.segments = [(0, slice(0, FIRST)), (1, slice(FIRST, FIRST + SECOND_HEAD))]
+    yield run(model, both, positions)
+    target.segments = [(1, slice(0, SECOND_TAIL))]
+    yield run(model, second[SECOND_HEAD:], torch.arange(SECOND_HEAD, SECOND_HEAD + SECOND_TAIL, device=model.device))
+
+
+def _own_logits(model: PreTrainedModel, bridge: AttentionBridge) -> torch.Tensor:
+    """Logits of the same tokens from transformers' own attention, one sequence at a time."""
+    model.set_attn_implementation("eager")
+    try:
+        return torch.cat([run(model, ids, torch.arange(len(ids), device=model.device)) for ids in _tokens(model)])
+    finally:
+        model.set_attn_implementation(bridge.name)
+
+
+@torch.no_grad()
+def run(model: PreTrainedModel, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Logits ``[tokens, vocab]`` of one packed row without a cache."""
+    out = model(input_ids=input_ids[None], position_ids=positions[None], use_cache=False, return_dict=True)
+    return out.logits[0]
+
+
+def _check_calls(model: PreTrainedModel, target: DenseTarget) -> None:
+    name = type(model).__name__
+    wanted = model.config.get_text_config(decoder=True).num_hidden_layers
+    if len(target.traces) != wanted or any(trace.calls != 2 for trace in target.traces.values()):  # noqa: PLR2004 (two probe steps)
+        raise UnsupportedModelError(
+            f"{name}: {len(target.traces)} of its {wanted} layers call the attention function, each of them must once "
+            "per step: the others keep state that paged attention does not hold"
+        )
+
+
+def _check_logits(name: str, packed: torch.Tensor, own: torch.Tensor) -> None:
+    packed, own = packed.double(), own.double()
+    error = float((packed - own).norm() / own.norm().clamp_min(1e-12))
+    if not error < TOLERANCE.get(own.dtype, 1e-3):
+        raise UnsupportedModelError(
+            f"{name}: packed and chunked, its logits differ from its own by {error:.3g} of their size: "
+            "it mixes tokens outside attention or ignores position ids"
+        )
