@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 from email.parser import Parser
 from pathlib import Path
 from zipfile import ZipFile
@@ -21,7 +22,7 @@ nox.options.sessions = ["lint", "types", "imports", "wheels", "tests"]
 
 ROOT = Path(__file__).parent
 WORK = ROOT / ".nox"
-SHARED = ".nox/shared"
+SHARED = WORK / "shared"
 PROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 
 PREINSTALLED = ["folo-hf", "folo-sampling", "folo-schedulers", "folo-attention"]
@@ -34,7 +35,7 @@ SUITES = {
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-_prepared: set[str] = set()
+_prepared: set[Path] = set()
 
 
 def group(name: str) -> list[str]:
@@ -42,19 +43,25 @@ def group(name: str) -> list[str]:
     return nox.project.dependency_groups(PROJECT, name)
 
 
-def install_shared(session: nox.Session) -> None:
-    """Fill the environment that most sessions share: every distribution, editable, and the test tools.
+def shared(session: nox.Session, *command: str, env: dict[str, str] | None = None) -> None:
+    """Run a command in the environment that most sessions share, filled on first use.
 
-    Torch takes hundreds of megabytes, so one copy serves all sessions whose result does not depend on a clean
-    environment; ``wheels`` and ``lowest``, whose result does, have their own.
+    It holds every distribution, editable, and the test tools. Torch takes hundreds of megabytes, so one copy serves
+    all sessions whose result does not depend on a clean environment; ``wheels`` and ``lowest``, whose result does,
+    have their own. Delete the folder to start afresh.
     """
-    if SHARED in _prepared:
-        return
-    session.install("pip>=25", *group("build"), *group("tests"), *group("types"))
-    editable = [part for name in PLUGINS for part in ("-e", f"plugins/{name}")]
-    # Core and its preinstalled plugins need each other, so they are named in one command.
-    session.install("--no-build-isolation", "-c", "constraints.txt", "-e", ".", *editable)
-    _prepared.add(SHARED)
+    if not _prepared:
+        _prepared.add(SHARED)
+        if not SHARED.is_dir():
+            session.run(sys.executable, "-m", "venv", str(SHARED), external=True)
+        install = ("python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+        shared(session, *install, "pip>=25", *group("build"), *group("tests"), *group("types"))
+        editable = [part for name in PLUGINS for part in ("-e", f"plugins/{name}")]
+        # Core and its preinstalled plugins need each other, so they are named in one command.
+        shared(session, *install, "--no-build-isolation", "-c", "constraints.txt", "-e", ".", *editable)
+    folder = SHARED / ("Scripts" if os.name == "nt" else "bin")
+    environment = {**OFFLINE, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", **(env or {})}
+    session.run(str(folder / command[0]), *command[1:], env=environment, external=True)
 
 
 def run_suite(session: nox.Session, name: str, *extra: str) -> None:
@@ -64,45 +71,41 @@ def run_suite(session: nox.Session, name: str, *extra: str) -> None:
     for old in reports.glob(f".coverage.{name}*"):
         old.unlink()
     folders = [folder for folder in SUITES[name] if (ROOT / folder).is_dir()]
-    environment = {**OFFLINE, "COVERAGE_FILE": str(reports / f".coverage.{name}")}
+    environment = {"COVERAGE_FILE": str(reports / f".coverage.{name}")}
     command = ["coverage", "run", "-m", "pytest", "-m", "not gpu", f"--junitxml={reports / name}.xml"]
-    session.run(*command, *folders, *extra, *session.posargs, env=environment)
+    shared(session, *command, *folders, *extra, *session.posargs, env=environment)
 
 
-@nox.session(venv_location=SHARED, reuse_venv=True)
+@nox.session(venv_backend="none")
 def demo(session: nox.Session) -> None:
     """Install Folo with its embedded model, stream an answer and print how fast it came."""
-    install_shared(session)
     prompt = " ".join(session.posargs) or "Explain in three sentences why the sky is blue."
-    session.run("folo", "generate", prompt, "--model", "demo", "--chat", "--max-tokens", "96", env=OFFLINE)
+    shared(session, "folo", "generate", prompt, "--model", "demo", "--chat", "--max-tokens", "96")
 
 
-@nox.session(venv_location=SHARED, reuse_venv=True)
+@nox.session(venv_backend="none")
 @nox.parametrize("suite", list(SUITES), ids=list(SUITES))
 def tests(session: nox.Session, suite: str) -> None:
     """Test one distribution, or all of them end to end; then the core's coverage is judged."""
-    install_shared(session)
     run_suite(session, suite)
     session.notify("coverage")
 
 
-@nox.session(venv_location=SHARED, reuse_venv=True)
+@nox.session(venv_backend="none")
 def coverage(session: nox.Session) -> None:
     """Combine what the suites measured. The threshold holds when the core's and the end-to-end suite both ran."""
-    install_shared(session)
     reports = WORK / "reports"
     combined = {"COVERAGE_FILE": str(reports / "combined")}
     data = sorted(str(path) for path in reports.glob(".coverage.*"))
-    session.run("coverage", "combine", "--keep", "-q", *data, env=combined)
+    shared(session, "coverage", "combine", "--keep", "-q", *data, env=combined)
     complete = all(any(reports.glob(f".coverage.{name}*")) for name in SUITES)
-    session.run("coverage", "report", *([] if complete else ["--fail-under=0"]), env=combined)
+    shared(session, "coverage", "report", *([] if complete else ["--fail-under=0"]), env=combined)
 
 
-@nox.session(venv_location=SHARED, reuse_venv=True)
+@nox.session(venv_backend="none")
 def gpu(session: nox.Session) -> None:
     """Run the tests that need a CUDA device, with the torch build that suits it."""
-    install_shared(session)
-    session.run("pytest", "-m", "gpu", *session.posargs, env=OFFLINE)
+    shared(session, "pytest", "-m", "gpu", *session.posargs)
 
 
 @nox.session
@@ -113,12 +116,11 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check", ".")
 
 
-@nox.session(venv_location=SHARED, reuse_venv=True)
+@nox.session(venv_backend="none")
 def types(session: nox.Session) -> None:
     """Mypy, strict, over the core and every plugin."""
-    install_shared(session)
     sources = ["src/folo_core", *(f"plugins/{name}/src/{name.replace('-', '_')}" for name in PLUGINS)]
-    session.run("mypy", *sources)
+    shared(session, "mypy", *sources)
 
 
 @nox.session
@@ -188,18 +190,16 @@ def lowest(session: nox.Session) -> None:
         session.run("pytest", "-q", "-m", "not gpu", *present, *session.posargs, env=OFFLINE)
 
 
-@nox.session(venv_location=SHARED, reuse_venv=True)
+@nox.session(venv_backend="none")
 def docs(session: nox.Session) -> None:
     """Build the documentation; a warning is an error. Its code is run by the tests in tests/docs."""
-    install_shared(session)
-    session.install(*group("docs"))
+    shared(session, "python", "-m", "pip", "install", "--quiet", *group("docs"))
     target = WORK / "site"
-    session.run("sphinx-build", "-W", "--keep-going", "-n", "-b", "html", "docs", str(target), env=OFFLINE)
+    shared(session, "sphinx-build", "-W", "--keep-going", "-n", "-b", "html", "docs", str(target))
     session.log(f"open {target / 'index.html'}")
 
 
-@nox.session(venv_location=SHARED, reuse_venv=True)
+@nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
     """Print what hooks, validation, sampling, forks and scheduling cost. ``-- NAME`` runs one of them."""
-    install_shared(session)
-    session.run("python", "bench/run_all.py", *session.posargs, env=OFFLINE)
+    shared(session, "python", "bench/run_all.py", *session.posargs)
