@@ -96,7 +96,7 @@ class AttentionBackend(Protocol):
         """
 
     def copy_blocks(self, sources: list[int], destinations: list[int]) -> None:
-        """Copy whole blocks in every layer, in one batched operation; no destination is also a source."""
+        """Copy whole blocks in every layer, in one batched operation that reads all sources before it writes."""
 
     def zero_blocks(self, blocks: list[int]) -> None:
         """Overwrite blocks with zeros in every layer, so that a NaN left behind cannot reach the next owner."""

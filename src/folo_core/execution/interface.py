@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import attrs
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from folo_core.attention.interface import AttentionBackend, AttentionMetadata, KVCacheSpec
     from folo_core.request import Request
     from folo_core.scheduling.interface import SchedulerOutput
+    from folo_core.sequence import Sequence
 
 
 @attrs.frozen(slots=True, kw_only=True)
@@ -69,14 +70,18 @@ class LoadedModel(Protocol):
         """
 
 
+Candidates = tuple[list[int], list[float], int]
+"""One position's candidates: token ids with the sampled one first, their log probabilities, the sampled one's rank."""
+
+
 @attrs.define(slots=True)
 class StepResult:
     """What one executed step brought to the host. Rows are sampled rows, requests adjacent."""
 
     samples: list[RequestSample] = attrs.field(factory=list)
     """One per request that sampled in this step."""
-    prompt_logprobs: dict[str, list[Any]] = attrs.field(factory=dict)
-    """Sequence id to the prompt positions' log probabilities computed in this step."""
+    prompt_logprobs: dict[str, list[Candidates]] = attrs.field(factory=dict)
+    """Request id to the candidates of the prompt positions that this step computed, in order."""
     errors: dict[str, Exception] = attrs.field(factory=dict)
     """Request id to the error that ended it in this step (a NaN row, a plugin that raised)."""
 
@@ -88,10 +93,8 @@ class RequestSample:
     request_id: str
     parents: list[int]
     tokens: list[list[int]]
-    logprobs: list[list[float]] | None = None
-    """Log probability of each token of ``tokens`` under the model's own distribution, if asked for."""
-    top_logprobs: list[list[Any]] | None = None
-    """For each token, the (token ids, logprobs, rank of the sampled token) that the request asked for."""
+    logprobs: list[Candidates] | None = None
+    """For each new row's first token, the candidates that the request asked for."""
     finished: list[bool] | None = None
 
 
@@ -116,6 +119,9 @@ class Executor(Protocol):
 
     def submit(self, scheduled: SchedulerOutput) -> StepHandle:
         """Start a step."""
+
+    def rank(self, request: Request) -> list[Sequence]:
+        """Ask the request's sampler for its ended sequences, best first."""
 
     def remove_request(self, request_id: str) -> None:
         """Forget a request that has ended."""

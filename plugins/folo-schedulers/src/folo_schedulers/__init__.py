@@ -1,0 +1,1 @@
+"""Folo's schedulers: first come first served, and by priority."""

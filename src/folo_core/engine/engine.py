@@ -1,0 +1,343 @@
+"""The step loop: schedule, execute, sample, update."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections import deque
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, ContextManager
+
+from folo_core.engine.input_processor import InputProcessor
+from folo_core.engine.observer import StepRecord
+from folo_core.engine.output_processor import OutputProcessor
+from folo_core.engine.watchdog import StepWatchdog
+from folo_core.errors import FoloError, RequestError, StepTimeoutError
+from folo_core.execution.interface import StepResult
+from folo_core.kv_cache.manager import KVCacheManager
+from folo_core.scheduling.interface import Fork, SchedulerOutput, SchedulerState, StepBudget
+from folo_core.scheduling.queue import RequestQueue
+from folo_core.sequence import SequenceStatus
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence as SequenceOf
+
+    from folo_core.components import Components
+    from folo_core.execution.interface import RequestSample, StepHandle
+    from folo_core.outputs import RequestOutput
+    from folo_core.request import Request
+    from folo_core.sampling_params import SamplingParams
+    from folo_core.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+
+MOST_IDLE_STEPS = 16
+"""Steps in a row that may schedule nothing while work waits, before the first in line is failed by name."""
+
+
+class Engine:
+    """Runs requests to their end, many at a time. Not thread-safe: one thread owns an engine."""
+
+    def __init__(self, components: Components) -> None:
+        self.components = components
+        config = components.config
+        self.executor = components.executor
+        self.scheduler = components.scheduler.part
+        self.inputs = InputProcessor(components)
+        self.outputs = OutputProcessor(components.tokenizer, self.inputs.max_model_len)
+        self.state = SchedulerState(
+            kv=KVCacheManager(components.kv_blocks, config.cache.block_size),
+            waiting=RequestQueue(self.scheduler.order),
+        )
+        self.budget = StepBudget(
+            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_chunk_tokens=config.scheduler.long_prefill_token_threshold or self.inputs.max_model_len,
+            chunked_prefill=config.scheduler.enable_chunked_prefill,
+        )
+        self.requests: dict[str, Request] = {}
+        self.observers = list(components.observers)
+        self.step_count = 0
+        self._watchdog = None if config.step_timeout_s is None else StepWatchdog(config.step_timeout_s)
+        self._in_flight: deque[tuple[SchedulerOutput, StepHandle]] = deque()
+        self._seq_ids = itertools.count()
+        self._arrivals = itertools.count()
+        self._released: list[int] = []
+        self._forks: list[Fork] = []
+        self._zero_blocks: list[int] = []
+        self._idle_steps = 0
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        """Whether any request is waiting, running or swapped."""
+        return bool(self.requests)
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: str | Mapping[str, object] | SequenceOf[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+    ) -> None:
+        """Admit a request to the queue.
+
+        Raises:
+            RequestError: the id is in use, the queue is full, or the prompt cannot be served.
+            ParamsError: the parameters do not fit the model, or no sampler serves them.
+        """
+        if request_id in self.requests:
+            message = f"request_id: {request_id!r}: a request of this id is not finished yet: choose another"
+            raise RequestError(message, code="duplicate_request_id")
+        limit = self.components.config.scheduler.max_waiting_requests
+        if limit is not None and len(self.state.waiting) >= limit:
+            message = f"request {request_id!r}: the queue holds max_waiting_requests={limit}: try again later"
+            raise RequestError(message, code="queue_full")
+        arrival = next(self._arrivals)
+        request = self.inputs.process(request_id, prompt, params, priority=priority, arrival=arrival)
+        self.executor.add_request(request)
+        self.outputs.open(request, request.open_sequence(next(self._seq_ids)))
+        self.requests[request_id] = request
+        self.state.waiting.push(request)
+
+    def abort(self, request_ids: str | Iterable[str]) -> list[RequestOutput]:
+        """End requests wherever they are and return their last outputs; unknown ids are ignored."""
+        ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
+        found = [self.requests[request_id] for request_id in ids if request_id in self.requests]
+        ended = [self._end_early(request, SequenceStatus.FINISHED_ABORTED) for request in found]
+        return [output for output in ended if output is not None]
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step and return what changed for callers.
+
+        With an executor that keeps several steps in flight, the next step is submitted before the oldest
+        one's result is awaited.
+        """
+        started = time.perf_counter()
+        outputs: list[RequestOutput] = []
+        try:
+            scheduled = self._schedule()
+        except Exception as error:  # noqa: BLE001 (a scheduler plugin may raise anything)
+            return self._fail_all(self.components.scheduler.fault("scheduler", error))
+        if scheduled.seq_ids or scheduled.released or scheduled.zero_blocks:
+            self._submit(scheduled)
+        else:
+            outputs += self._note_idle_step()
+        if len(self._in_flight) >= self.executor.max_steps_in_flight or (self._in_flight and not scheduled.seq_ids):
+            scheduled, handle = self._in_flight.popleft()
+            outputs += self._update(scheduled, self._await(scheduled, handle), started)
+        return outputs
+
+    def check_integrity(self) -> None:
+        """Check the block pool's books against all live sequences.
+
+        Raises:
+            BlockPoolError: they do not balance.
+        """
+        self.state.kv.check_integrity(s for request in self.requests.values() for s in request.live)
+
+    def _schedule(self) -> SchedulerOutput:
+        scheduled: SchedulerOutput = self.scheduler.schedule(self.state, self.budget)
+        scheduled.forks, self._forks = self._forks, []
+        scheduled.released = self._released + scheduled.released
+        self._released = []
+        scheduled.zero_blocks, self._zero_blocks = self._zero_blocks, []
+        now = time.monotonic()
+        for request in scheduled.scheduled:
+            if request.metrics.first_scheduled_time is None:
+                request.metrics.first_scheduled_time = now
+        for request in scheduled.preempted:
+            if request.wants_prompt_logprobs:
+                request.prompt_logprobs.clear()
+        return scheduled
+
+    def _submit(self, scheduled: SchedulerOutput) -> None:
+        """Start a step; whatever it raises becomes the error of the requests in it."""
+        try:
+            with self._guard():
+                handle: StepHandle = self.executor.submit(scheduled)
+        except Exception as error:  # noqa: BLE001 (a model may raise anything; the engine lives on)
+            handle = _FailedStep(self._step_error(error))
+        except BaseException:
+            # Ctrl-C: the caller will abort its requests; what the executor has not released yet stays noted.
+            self._released = scheduled.released + self._released
+            raise
+        self._in_flight.append((scheduled, handle))
+
+    def _await(self, scheduled: SchedulerOutput, handle: StepHandle) -> StepResult:
+        try:
+            return handle.result()
+        except Exception as error:  # noqa: BLE001 (as in _submit)
+            logger.exception("step %d failed", self.step_count)
+            return StepResult(errors={request.request_id: self._step_error(error) for request in scheduled.scheduled})
+
+    def _guard(self) -> ContextManager[object]:
+        return nullcontext() if self._watchdog is None else self._watchdog
+
+    def _step_error(self, error: Exception) -> Exception:
+        if isinstance(error, FoloError) and not isinstance(error, StepTimeoutError):
+            return error
+        detail = f"{type(error).__name__}: {error}"
+        if isinstance(error, StepTimeoutError):
+            detail = f"it ran past step_timeout_s={self.components.config.step_timeout_s}"
+        wrapped = FoloError(f"the step failed in {self.executor.current_part()}: {detail}")
+        wrapped.__cause__ = error
+        return wrapped
+
+    def _update(self, scheduled: SchedulerOutput, result: StepResult, started: float) -> list[RequestOutput]:
+        """Bring requests up to date with a step's result."""
+        self.step_count += 1
+        outputs = []
+        for request_id, error in result.errors.items():
+            if request_id in self.requests:
+                outputs.append(self._end_early(self.requests[request_id], SequenceStatus.FINISHED_ERROR, error))
+        for request_id, candidates in result.prompt_logprobs.items():
+            if request_id in self.requests:
+                request = self.requests[request_id]
+                found = [self.outputs.decode_candidates(c) for c in candidates]
+                request.prompt_logprobs.extend(found if request.prompt_logprobs else [None, *found])
+        now = time.monotonic()
+        for sample in result.samples:
+            if sample.request_id in self.requests:
+                outputs.append(self._apply(self.requests[sample.request_id], sample, now))
+        self._observe(scheduled, result, started)
+        return [output for output in outputs if output is not None]
+
+    def _apply(self, request: Request, sample: RequestSample, now: float) -> RequestOutput | None:
+        """Give a request's sequences their new tokens, end those that are done, and report."""
+        rows = self._reparent(request, sample)
+        request.metrics.record_tokens(now, max((len(tokens) for tokens in sample.tokens), default=0))
+        candidates = sample.logprobs or [None] * len(rows)
+        reported = list(rows)
+        for row, sequence in enumerate(rows):
+            status = self.outputs.append(request, sequence, sample.tokens[row], candidates[row])
+            if status is None and sample.finished is not None and sample.finished[row]:
+                status = SequenceStatus.FINISHED_STOPPED
+            if status is not None:
+                self._close(request, sequence, status)
+        if request.is_finished:
+            return self._finish(request)
+        return self.outputs.output(request, reported, finished=False)
+
+    def _reparent(self, request: Request, sample: RequestSample) -> list[Sequence]:
+        """Arrange the live sequences as the sampler says: each new row continues the row it names.
+
+        The first child of a row goes on in its parent's place, further ones are forks, rows without a child end.
+        """
+        old = request.live.copy()
+        if sample.parents == list(range(len(old))):
+            return old
+        rows: list[Sequence] = []
+        used: set[int] = set()
+        for parent_row, tokens in zip(sample.parents, sample.tokens, strict=True):
+            parent = old[parent_row]
+            rows.append(self._fork(request, parent, tokens) if parent_row in used else parent)
+            used.add(parent_row)
+        for row, sequence in enumerate(old):
+            if row not in used:
+                sequence.transition(SequenceStatus.FINISHED_ABORTED)
+                self._release(sequence)
+        request.live[:] = rows
+        return rows.copy()
+
+    def _fork(self, request: Request, parent: Sequence, tail: list[int]) -> Sequence:
+        child = request.fork_sequence(parent, next(self._seq_ids))
+        blocks = [] if child.block_table is None else child.block_table.blocks.copy()
+        self._forks.append(Fork(parent.seq_id, child.seq_id, child.index, parent.num_tokens, tail, blocks))
+        return child
+
+    def _close(self, request: Request, sequence: Sequence, status: SequenceStatus) -> None:
+        request.close_sequence(sequence, status)
+        self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> list[int]:
+        self._released.append(sequence.seq_id)
+        return self.state.kv.release(sequence)
+
+    def _end_early(
+        self, request: Request, status: SequenceStatus, error: Exception | None = None
+    ) -> RequestOutput | None:
+        """End all of a request's live sequences in ``status``."""
+        held = []
+        for sequence in request.live.copy():
+            request.close_sequence(sequence, status)
+            held += self._release(sequence)
+        if status is SequenceStatus.FINISHED_ERROR:
+            # A NaN in a freed block would reach its next owner through masked attention (0 * NaN).
+            pool = self.state.kv.pool
+            self._zero_blocks += [block for block in dict.fromkeys(held) if pool.references(block) == 0]
+        return self._finish(request, error)
+
+    def _finish(self, request: Request, error: Exception | None = None) -> RequestOutput | None:
+        """Take a request whose sequences have all ended off the books and report it."""
+        ranked = request.get_seqs()
+        if all(s.status in (SequenceStatus.FINISHED_STOPPED, SequenceStatus.FINISHED_LENGTH_CAPPED) for s in ranked):
+            try:
+                ranked = self.executor.rank(request)
+            except Exception as fault:  # noqa: BLE001 (a sampler plugin may raise anything)
+                error = self._step_error(fault)
+        self.state.waiting.remove(request.request_id)
+        if request in self.state.running:
+            self.state.running.remove(request)
+        del self.requests[request.request_id]
+        self.executor.remove_request(request.request_id)
+        request.metrics.finished_time = time.monotonic()
+        output = self.outputs.output(request, ranked, finished=True, error=error)
+        for sequence in request.get_seqs():
+            self.outputs.forget(sequence)
+        return output
+
+    def _fail_all(self, error: Exception) -> list[RequestOutput]:
+        ended = [
+            self._end_early(request, SequenceStatus.FINISHED_ERROR, error) for request in list(self.requests.values())
+        ]
+        return [output for output in ended if output is not None]
+
+    def _note_idle_step(self) -> list[RequestOutput]:
+        """Fail the first in line if the scheduler keeps scheduling nothing, so that the rest can go on."""
+        if self._in_flight or not self.requests:
+            return []
+        self._idle_steps += 1
+        if self._idle_steps < MOST_IDLE_STEPS:
+            return []
+        self._idle_steps = 0
+        request = next(iter(self.requests.values()))
+        message = f"request {request.request_id!r}: scheduler {self.components.scheduler.name!r} makes no progress"
+        ended = self._end_early(request, SequenceStatus.FINISHED_ERROR, FoloError(message))
+        return [] if ended is None else [ended]
+
+    def _observe(self, scheduled: SchedulerOutput, result: StepResult, started: float) -> None:
+        if scheduled.seq_ids:
+            self._idle_steps = 0
+        if not self.observers:
+            return
+        pool = self.state.kv.pool
+        record = StepRecord(
+            step=self.step_count,
+            num_seqs=len(scheduled.seq_ids),
+            num_tokens=scheduled.num_tokens,
+            num_sampled=sum(len(sample.tokens) for sample in result.samples),
+            num_preempted=len(scheduled.preempted),
+            num_waiting=len(self.state.waiting),
+            num_running=len(self.state.running),
+            free_blocks=pool.num_free,
+            total_blocks=pool.num_usable,
+            seconds=time.perf_counter() - started,
+        )
+        for observer in self.observers.copy():
+            try:
+                observer.on_step(record)
+            except Exception:
+                logger.exception("observer %r raised and is dropped", observer)
+                self.observers.remove(observer)
+
+
+class _FailedStep:
+    """A step that could not even be submitted."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def result(self) -> StepResult:
+        raise self.error

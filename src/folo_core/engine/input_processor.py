@@ -1,0 +1,180 @@
+"""Prompts and parameters in, admitted requests out. Everything a request could do wrong is refused here."""
+
+from __future__ import annotations
+
+import random
+from numbers import Integral
+from typing import TYPE_CHECKING, TypedDict
+
+import attrs
+
+from folo_core.errors import ParamsError, RequestError
+from folo_core.request import Request, RequestMetrics
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from folo_core.components import Components
+    from folo_core.sampling_params import SamplingParams
+
+
+class TokensPrompt(TypedDict):
+    """A prompt that is tokens already."""
+
+    prompt_token_ids: list[int]
+
+
+class TextPrompt(TypedDict):
+    """A prompt as text."""
+
+    prompt: str
+
+
+Prompt = "str | TextPrompt | TokensPrompt | Sequence[int]"
+
+
+class InputProcessor:
+    """Tokenises, validates and resolves, for one engine."""
+
+    def __init__(self, components: Components) -> None:
+        self.components = components
+        self.tokenizer = components.tokenizer
+        self.info = components.model_info
+        limit = components.config.scheduler.max_model_len
+        assert limit is not None  # noqa: S101 (a resolved config)
+        self.max_model_len = limit
+        self._seeds = random.Random(components.config.model.seed)  # noqa: S311 (sampling, not secrets)
+        self._resolved: dict[int, tuple[SamplingParams, SamplingParams]] = {}
+
+    def process(
+        self,
+        request_id: str,
+        prompt: str | Mapping[str, object] | Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        arrival: int = 0,
+    ) -> Request:
+        """Build a request that the engine can run.
+
+        Raises:
+            RequestError: the prompt is empty, too long, of a wrong type, or has ids outside the vocabulary.
+            ParamsError: the parameters do not fit the model or the engine's caps, or no sampler serves them.
+        """
+        metrics = RequestMetrics()
+        text, token_ids = self._tokenize(prompt)
+        self._check_prompt(token_ids)
+        sampler = self.components.sampler_for(params)
+        resolved = self._resolve_params(params)
+        room = self.max_model_len - len(token_ids)
+        max_tokens = room if resolved.max_tokens is None else min(resolved.max_tokens, room)
+        request = Request(
+            request_id=request_id,
+            prompt=text,
+            prompt_token_ids=token_ids,
+            params=resolved if max_tokens == resolved.max_tokens else self._shorten(resolved, max_tokens),
+            seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
+            priority=priority,
+            arrival=arrival,
+            sampler=sampler,
+            width=resolved.num_sequences,
+            metrics=metrics,
+        )
+        self._check_size(request, max_tokens)
+        return request
+
+    def _tokenize(self, prompt: str | Mapping[str, object] | Sequence[int]) -> tuple[str | None, tuple[int, ...]]:
+        if isinstance(prompt, dict):
+            if "prompt_token_ids" in prompt:
+                text = prompt.get("prompt")
+                return text if isinstance(text, str) else None, self._as_ids(prompt["prompt_token_ids"])
+            prompt = prompt.get("prompt", prompt)
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                message = "prompt is text, but skip_tokenizer_init=True: give {'prompt_token_ids': [...]}"
+                raise RequestError(message)
+            return prompt, tuple(self.tokenizer.encode(prompt))
+        return None, self._as_ids(prompt)
+
+    def _as_ids(self, value: object) -> tuple[int, ...]:
+        if not isinstance(value, (list, tuple)) or not all(
+            isinstance(v, Integral) and not isinstance(v, bool) for v in value
+        ):
+            shown = repr(value)
+            message = (
+                f"prompt: {shown[:80]}{'…' if len(shown) > 80 else ''}: "  # noqa: PLR2004 (one screen line)
+                "give a text, {'prompt': text}, {'prompt_token_ids': [int, ...]} or a list of token ids"
+            )
+            raise RequestError(message)
+        return tuple(int(v) for v in value)
+
+    def _check_prompt(self, token_ids: tuple[int, ...]) -> None:
+        if not token_ids:
+            message = "prompt: it has no tokens: give at least one"
+            raise RequestError(message, code="empty_prompt")
+        bad = [t for t in token_ids if not 0 <= t < self.info.vocab_size]
+        if bad:
+            message = f"prompt_token_ids: {bad[:5]}: ids must lie in [0, {self.info.vocab_size})"
+            raise RequestError(message, code="token_id_out_of_range")
+        if len(token_ids) >= self.max_model_len:
+            message = (
+                f"prompt: {len(token_ids)} tokens: at most {self.max_model_len - 1} fit max_model_len="
+                f"{self.max_model_len} with one token to generate; shorten it or raise max_model_len"
+            )
+            raise RequestError(message, code="context_length_exceeded")
+
+    def _check_size(self, request: Request, max_tokens: int) -> None:
+        """Refuse what could never run, however empty the engine is."""
+        scheduler, kv = self.components.config.scheduler, self.components.kv_blocks
+        block_size = self.components.config.cache.block_size
+        tokens = len(request.prompt_token_ids) + max_tokens
+        needed = -(-tokens // block_size) * request.width
+        if request.width > scheduler.max_num_seqs:
+            message = f"n: {request.width} sequences: at most max_num_seqs={scheduler.max_num_seqs} run at once"
+            raise RequestError(message, code="too_many_sequences")
+        if needed > kv - 1:
+            message = (
+                f"request needs {needed} KV blocks ({tokens} tokens x {request.width} sequences), the cache has "
+                f"{kv - 1}: lower max_tokens or n, or give the cache more memory (kv_cache_bytes)"
+            )
+            raise RequestError(message, code="kv_cache_too_small")
+
+    def _resolve_params(self, params: SamplingParams) -> SamplingParams:
+        """Validate against the model and fill in token forms, once per params object however often it is used."""
+        known = self._resolved.get(id(params))
+        if known is not None and known[0] is params:
+            return known[1]
+        config = self.components.config
+        params.validate_for(
+            vocab_size=self.info.vocab_size,
+            max_logprobs=config.max_logprobs,
+            max_sequences=config.max_sequences_per_request,
+        )
+        if self.tokenizer is None and (params.stop or params.bad_words):
+            message = "stop, bad_words: they are text, but skip_tokenizer_init=True: use stop_token_ids"
+            raise ParamsError(message)
+        resolved = attrs.evolve(
+            params, resolved_eos=self.info.eos_token_ids, resolved_bad_words=self._bad_word_ids(params)
+        )
+        for part in self.components.processors:
+            if part.part.applies(resolved):
+                part.part.validate_params(resolved, self.info.vocab_size)
+        if len(self._resolved) >= 1024:  # noqa: PLR2004 (a bound on memory, not a tuning knob)
+            self._resolved.clear()
+        self._resolved[id(params)] = (params, resolved)
+        return resolved
+
+    def _shorten(self, params: SamplingParams, max_tokens: int) -> SamplingParams:
+        return attrs.evolve(params, max_tokens=max_tokens, min_tokens=min(params.min_tokens, max_tokens))
+
+    def _bad_word_ids(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """Return the token forms of each bad word: at the start of a text, and after a space."""
+        if not params.bad_words or self.tokenizer is None:
+            return ()
+        forms: dict[tuple[int, ...], None] = {}
+        for word in params.bad_words:
+            for spelling in (word, " " + word.lstrip()):
+                ids = tuple(self.tokenizer.encode(spelling, add_special_tokens=False))
+                if ids:
+                    forms[ids] = None
+        return tuple(forms)

@@ -1,0 +1,62 @@
+"""The executor that runs steps in the caller's process, one at a time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import attrs
+
+if TYPE_CHECKING:
+    from folo_core.execution.interface import ModelInfo, StepResult
+    from folo_core.execution.model_runner import ModelRunner
+    from folo_core.request import Request
+    from folo_core.scheduling.interface import SchedulerOutput
+    from folo_core.sequence import Sequence
+
+
+@attrs.frozen(slots=True)
+class FinishedStep:
+    """A step whose result is already here."""
+
+    value: StepResult
+
+    def result(self) -> StepResult:
+        """Return the result at once."""
+        return self.value
+
+
+class InProcessExecutor:
+    """Runs each step to its end when it is submitted."""
+
+    max_steps_in_flight = 1
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self.runner = runner
+        self.model_info: ModelInfo = runner.model.info
+
+    def add_request(self, request: Request) -> None:
+        """Make a request known to the runner and to its sampler."""
+        self.runner.requests[request.request_id] = request
+        self.runner.stage.samplers[request.sampler].part.add_request(request)
+
+    def submit(self, scheduled: SchedulerOutput) -> FinishedStep:
+        """Run the step now."""
+        return FinishedStep(self.runner.run(scheduled))
+
+    def rank(self, request: Request) -> list[Sequence]:
+        """Ask the request's sampler for its ended sequences, best first."""
+        ranked: list[Sequence] = self.runner.stage.samplers[request.sampler].part.finish(request)
+        return ranked
+
+    def remove_request(self, request_id: str) -> None:
+        """Forget a request that has ended."""
+        request = self.runner.requests.pop(request_id, None)
+        if request is not None:
+            self.runner.stage.samplers[request.sampler].part.remove_request(request_id)
+
+    def current_part(self) -> str:
+        """Name what runs right now."""
+        return self.runner.current_part()
+
+    def shutdown(self) -> None:
+        """Nothing outlives the process."""

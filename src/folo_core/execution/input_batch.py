@@ -1,0 +1,193 @@
+"""The persistent batch: a slot per sequence in fixed arrays, edited in place and never rebuilt.
+
+Host arrays are numpy; the sampling columns also live on the device and are copied there only after a change.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import attrs
+import numpy as np
+import torch
+
+from folo_core.attention.interface import AttentionMetadata
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as SequenceOf
+
+    from numpy.typing import NDArray
+
+    from folo_core.request import Request
+    from folo_core.scheduling.interface import Fork, NewSequence, SchedulerOutput
+
+_COLUMNS: dict[str, tuple[type, torch.dtype]] = {
+    "temperature": (np.float32, torch.float32),
+    "top_k": (np.int64, torch.int64),
+    "top_p": (np.float32, torch.float32),
+    "min_p": (np.float32, torch.float32),
+    "seeds": (np.int64, torch.int64),
+    "sequence_indices": (np.int64, torch.int64),
+}
+
+
+@attrs.frozen(slots=True, kw_only=True)
+class PackedStep:
+    """One step's tokens, end to end without padding, and the rows that want logits."""
+
+    slots: NDArray[np.int64]
+    """``[num_seqs]``: the batch slot of each scheduled sequence."""
+    counts: NDArray[np.int64]
+    """``[num_seqs]``: new tokens of each."""
+    starts: NDArray[np.int64]
+    """``[num_seqs]``: position of each one's first new token."""
+    sampling: NDArray[np.bool_]
+    """``[num_seqs]``: whether the next token is sampled."""
+    input_ids: torch.Tensor
+    """int64 ``[num_tokens]``."""
+    positions: torch.Tensor
+    """int64 ``[num_tokens]``."""
+    metadata: AttentionMetadata
+
+
+class InputBatch:
+    """Token ids, block tables and sampling parameters of every sequence the executor knows."""
+
+    def __init__(self, *, capacity: int, max_model_len: int, block_size: int, vocab_size: int, device: torch.device):
+        self.capacity = capacity
+        self.block_size = block_size
+        self.vocab_size = vocab_size
+        self.device = device
+        self.version = 0
+        """Grows whenever a slot changes hands; what was gathered before is stale then."""
+        # One token past max_model_len: the last sampled token is stored, though never run.
+        self.token_ids = np.zeros((capacity, max_model_len + 1), dtype=np.int32)
+        self.num_tokens = np.zeros(capacity, dtype=np.int64)
+        self.num_computed = np.zeros(capacity, dtype=np.int64)
+        self.block_tables = np.zeros((capacity, -(-(max_model_len + 1) // block_size)), dtype=np.int32)
+        self.columns = {name: np.zeros(capacity, dtype=dtype) for name, (dtype, _) in _COLUMNS.items()}
+        self.requests: list[Request | None] = [None] * capacity
+        self.histories: list[list[int] | None] = [None] * capacity
+        self._slots: dict[int, int] = {}
+        self._free = list(range(capacity - 1, -1, -1))
+        self._device_columns: dict[str, torch.Tensor] = {}
+        self._uploaded = -1
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def slots_of(self, seq_ids: SequenceOf[int]) -> NDArray[np.int64]:
+        """Return the slots of sequences, int64 ``[len(seq_ids)]``."""
+        slots = self._slots
+        return np.array([slots[seq_id] for seq_id in seq_ids], dtype=np.int64)
+
+    def add(self, new: NewSequence, request: Request, *, keep_history: bool) -> None:
+        """Give a new or resumed sequence a slot."""
+        slot = self._claim(new.seq_id)
+        count = len(new.token_ids)
+        self.token_ids[slot, :count] = new.token_ids
+        self.num_tokens[slot] = count
+        self.num_computed[slot] = 0
+        self._write_params(slot, request, new.index)
+        self.histories[slot] = new.token_ids if keep_history else None
+
+    def fork(self, fork: Fork) -> None:
+        """Give a fork a slot: its parent's row up to the fork, then its own tokens."""
+        parent = self._slots[fork.parent_id]
+        slot = self._claim(fork.child_id)
+        length, total = fork.num_tokens, fork.num_tokens + len(fork.tail)
+        self.token_ids[slot, :length] = self.token_ids[parent, :length]
+        self.token_ids[slot, length:total] = fork.tail
+        self.num_tokens[slot] = total
+        self.num_computed[slot] = self.num_computed[parent]
+        self.set_blocks(fork.child_id, 0, fork.blocks)
+        request = self.requests[parent]
+        assert request is not None  # noqa: S101 (a slot in use has its request)
+        self._write_params(slot, request, fork.index)
+        history = self.histories[parent]
+        self.histories[slot] = None if history is None else history[:length] + fork.tail
+
+    def remove(self, seq_id: int) -> None:
+        """Free a sequence's slot; unknown ids are ignored, since a sequence may end before it ever ran."""
+        slot = self._slots.pop(seq_id, None)
+        if slot is None:
+            return
+        self.requests[slot] = self.histories[slot] = None
+        self._free.append(slot)
+        self.version += 1
+
+    def set_blocks(self, seq_id: int, first: int, blocks: list[int]) -> None:
+        """Overwrite block table entries from ``first`` on."""
+        self.block_tables[self._slots[seq_id], first : first + len(blocks)] = blocks
+
+    def append(self, slots: NDArray[np.int64], tokens: NDArray[np.int64]) -> None:
+        """Store sampled tokens, ``[rows, k]`` with -1 as padding, behind each slot's newest token."""
+        for column in tokens.T:
+            valid = column >= 0
+            rows = slots if valid.all() else slots[valid]
+            self.token_ids[rows, self.num_tokens[rows]] = column[valid]
+            self.num_tokens[rows] += 1
+        for slot, row in zip(slots.tolist(), tokens.tolist(), strict=True):
+            history = self.histories[slot]
+            if history is not None:
+                history.extend(token for token in row if token >= 0)
+
+    def pack(self, scheduled: SchedulerOutput) -> PackedStep:
+        """Lay the step's tokens end to end and advance the slots' progress."""
+        slots = self.slots_of(scheduled.seq_ids)
+        counts = np.array(scheduled.num_new_tokens, dtype=np.int64)
+        starts = self.num_computed[slots]
+        query_start = np.zeros(len(slots) + 1, dtype=np.int32)
+        np.cumsum(counts, out=query_start[1:])
+        num_tokens = int(query_start[-1])
+        rows = np.repeat(slots, counts)
+        positions = np.arange(num_tokens) + np.repeat(starts - query_start[:-1], counts)
+        blocks = self.block_tables[rows, positions // self.block_size].astype(np.int64)
+        self.num_computed[slots] += counts
+        seq_lens = (starts + counts).astype(np.int32)
+        most_blocks = -(-int(seq_lens.max()) // self.block_size)
+        metadata = AttentionMetadata(
+            num_tokens=num_tokens,
+            query_start=query_start,
+            seq_lens=seq_lens,
+            block_tables=self.block_tables[slots, :most_blocks],
+            slot_mapping=self._upload(blocks * self.block_size + positions % self.block_size),
+            block_size=self.block_size,
+        )
+        return PackedStep(
+            slots=slots,
+            counts=counts,
+            starts=starts,
+            sampling=np.array(scheduled.samples, dtype=np.bool_),
+            input_ids=self._upload(self.token_ids[rows, positions].astype(np.int64)),
+            positions=self._upload(positions),
+            metadata=metadata,
+        )
+
+    def gather_columns(self, slots: NDArray[np.int64]) -> dict[str, torch.Tensor]:
+        """Return the sampling parameters of these slots as device tensors ``[len(slots)]``, plus ``slots``."""
+        if self._uploaded != self.version:
+            self._device_columns = {name: self._upload(column) for name, column in self.columns.items()}
+            self._uploaded = self.version
+        index = self._upload(slots)
+        return {name: column[index] for name, column in self._device_columns.items()} | {"slots": index}
+
+    def _claim(self, seq_id: int) -> int:
+        slot = self._slots[seq_id] = self._free.pop()
+        self.version += 1
+        return slot
+
+    def _write_params(self, slot: int, request: Request, index: int) -> None:
+        params = request.params
+        self.requests[slot] = request
+        columns = self.columns
+        columns["temperature"][slot] = params.temperature
+        columns["top_k"][slot] = params.top_k if 0 < params.top_k < self.vocab_size else self.vocab_size
+        columns["top_p"][slot] = params.top_p
+        columns["min_p"][slot] = params.min_p
+        columns["seeds"][slot] = request.seed
+        columns["sequence_indices"][slot] = index
+
+    def _upload(self, array: NDArray[np.int64]) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)

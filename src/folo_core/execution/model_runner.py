@@ -1,0 +1,142 @@
+"""Runs one scheduled step: edit the batch, forward, sample."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from folo_core.execution.input_batch import InputBatch, PackedStep
+from folo_core.execution.interface import StepResult
+from folo_core.execution.logprobs import gather_logprobs
+from folo_core.execution.sampling_stage import SamplingStage
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from folo_core.attention.interface import AttentionBackend
+    from folo_core.config import EngineConfig
+    from folo_core.execution.interface import LoadedModel
+    from folo_core.execution.parts import NamedPart
+    from folo_core.request import Request
+    from folo_core.scheduling.interface import SchedulerOutput
+
+
+class ModelRunner:
+    """Owns the model, its KV tensors and the persistent batch. One per device."""
+
+    def __init__(  # noqa: PLR0913 (a step's parts, each given by name)
+        self,
+        *,
+        model: LoadedModel,
+        backend: AttentionBackend,
+        samplers: Mapping[str, NamedPart],
+        processors: Sequence[NamedPart],
+        config: EngineConfig,
+        num_blocks: int,
+    ) -> None:
+        self.model = model
+        self.backend = backend
+        block_size = config.cache.block_size
+        backend.allocate(model.kv_cache_specs, num_blocks, block_size, model.device)
+        model.bind(backend)
+        assert config.scheduler.max_model_len is not None  # noqa: S101 (a resolved config)
+        self.batch = InputBatch(
+            # Forks take their slots before the sequences they replace leave theirs.
+            capacity=2 * config.scheduler.max_num_seqs,
+            max_model_len=config.scheduler.max_model_len,
+            block_size=block_size,
+            vocab_size=model.info.vocab_size,
+            device=model.device,
+        )
+        self.stage = SamplingStage(samplers, processors, self.batch)
+        self.requests: dict[str, Request] = {}
+        self.current = "engine"
+
+    def current_part(self) -> str:
+        """Name what runs right now."""
+        return self.stage.current if self.current == "sampling" else self.current
+
+    @torch.inference_mode()
+    def run(self, scheduled: SchedulerOutput) -> StepResult:
+        """Run a step and return what it brought to the host."""
+        self._edit_batch(scheduled)
+        result = StepResult()
+        if not scheduled.seq_ids:
+            return result
+        step = self.batch.pack(scheduled)
+        wanted, prompt_rows = self._logits_wanted(step)
+        step.metadata.plan = self.backend.plan(step.metadata)
+        self.current = f"model {self.model.info.architecture!r}"
+        index = torch.from_numpy(wanted).to(self.model.device)
+        logits = self.model.forward(step.input_ids, step.positions, index, step.metadata)
+        num_sampled = int(step.sampling.sum())
+        self.current = "sampling"
+        if prompt_rows:
+            self._prompt_logprobs(logits[num_sampled:].float(), step, prompt_rows, result)
+        if num_sampled:
+            self.stage.run(logits[:num_sampled], step.slots[step.sampling], result)
+        self.current = "engine"
+        return result
+
+    def _edit_batch(self, scheduled: SchedulerOutput) -> None:
+        """Bring slots, block tables and blocks up to date, in the order that SchedulerOutput promises."""
+        for fork in scheduled.forks:
+            self.batch.fork(fork)
+            slot = int(self.batch.slots_of([fork.child_id])[0])
+            request = self.batch.requests[slot]
+            assert request is not None  # noqa: S101 (a fork inherits its parent's request)
+            self.stage.assign(slot, request)
+        for seq_id in scheduled.released:
+            self.batch.remove(seq_id)
+        if scheduled.zero_blocks:
+            self.backend.zero_blocks(scheduled.zero_blocks)
+        for new in scheduled.new_sequences:
+            request = self.requests[new.request_id]
+            self.batch.add(new, request, keep_history=self.stage.needs_history(request))
+            self.stage.assign(int(self.batch.slots_of([new.seq_id])[0]), request)
+        for seq_id, (first, blocks) in scheduled.new_blocks.items():
+            self.batch.set_blocks(seq_id, first, blocks)
+        if scheduled.copy_sources:
+            self.backend.copy_blocks(scheduled.copy_sources, scheduled.copy_destinations)
+
+    def _logits_wanted(self, step: PackedStep) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
+        """Return the packed tokens whose logits are wanted, and (row of the step, count) for prompt logprobs.
+
+        Sampled rows come first. A prompt position's logits judge the next prompt token, so the last position
+        is no one's to judge.
+        """
+        ends = step.metadata.query_start[1:].astype(np.int64)
+        wanted = [ends[step.sampling] - 1]
+        prompt_rows = []
+        for row, slot in enumerate(step.slots.tolist()):
+            request = self.batch.requests[slot]
+            if request is None or not request.wants_prompt_logprobs:
+                continue
+            start = int(step.starts[row])
+            count = min(int(step.counts[row]), len(request.prompt_token_ids) - 1 - start)
+            if count > 0:
+                first = int(step.metadata.query_start[row])
+                wanted.append(np.arange(first, first + count))
+                prompt_rows.append((row, count))
+        return np.concatenate(wanted), prompt_rows
+
+    def _prompt_logprobs(
+        self, logits: torch.Tensor, step: PackedStep, rows: list[tuple[int, int]], result: StepResult
+    ) -> None:
+        offset = 0
+        for row, count in rows:
+            request = self.batch.requests[int(step.slots[row])]
+            assert request is not None  # noqa: S101 (it was there when the rows were chosen)
+            assert request.params.prompt_logprobs is not None  # noqa: S101 (likewise)
+            start = int(step.starts[row])
+            targets = torch.tensor(request.prompt_token_ids[start + 1 : start + 1 + count], device=logits.device)
+            log_probs = logits[offset : offset + count].log_softmax(-1)
+            tops = [request.params.prompt_logprobs] * count
+            result.prompt_logprobs.setdefault(request.request_id, []).extend(
+                gather_logprobs(log_probs, targets, tops)
+            )
+            offset += count

@@ -1,0 +1,78 @@
+"""A sequence's blocks in order, shared copy-on-write with its forks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from folo_core.kv_cache.block_pool import BlockPool
+
+
+def blocks_for(num_tokens: int, block_size: int) -> int:
+    """Return how many blocks ``num_tokens`` tokens fill, the last one perhaps in part."""
+    return -(-num_tokens // block_size)
+
+
+class BlockTable:
+    """Maps token positions to blocks: position ``p`` lives in ``blocks[p // block_size]``.
+
+    ``len(blocks) == ceil(num_tokens / block_size)`` holds after every call.
+    """
+
+    __slots__ = ("block_size", "blocks", "num_tokens", "pool")
+
+    def __init__(self, pool: BlockPool, block_size: int) -> None:
+        self.pool = pool
+        self.block_size = block_size
+        self.blocks: list[int] = []
+        self.num_tokens = 0
+
+    def missing_blocks(self, count: int) -> int:
+        """Return how many new blocks ``count`` more tokens need, copies on write not counted."""
+        return blocks_for(self.num_tokens + count, self.block_size) - len(self.blocks)
+
+    def shared_tail(self) -> int | None:
+        """Return the partly filled last block if a write to it must copy it first, else None."""
+        if self.num_tokens % self.block_size == 0:
+            return None
+        tail = self.blocks[-1]
+        return tail if self.pool.references(tail) > 1 else None
+
+    def append_tokens(self, count: int) -> tuple[int, int] | None:
+        """Make room for ``count`` more tokens that this table alone will write.
+
+        Returns:
+            ``(source, destination)`` if a shared tail block was replaced and must be copied, else None.
+
+        Raises:
+            OutOfBlocksError: the pool has too few; nothing has changed.
+        """
+        tail = self.shared_tail() if count else None
+        fresh = self.pool.allocate(self.missing_blocks(count) + (tail is not None))
+        copy = None
+        if tail is not None:
+            copy = (tail, fresh.pop(0))
+            self.pool.release([tail])
+            self.blocks[-1] = copy[1]
+        self.blocks += fresh
+        self.num_tokens += count
+        return copy
+
+    def truncate(self, num_tokens: int) -> None:
+        """Forget every token past ``num_tokens``, and return the blocks that no longer hold any."""
+        keep = blocks_for(num_tokens, self.block_size)
+        self.pool.release(self.blocks[keep:])
+        del self.blocks[keep:]
+        self.num_tokens = num_tokens
+
+    def fork(self) -> BlockTable:
+        """Return a table over the same blocks, each with one more reference; nothing is copied yet."""
+        child = BlockTable(self.pool, self.block_size)
+        self.pool.share(self.blocks)
+        child.blocks = self.blocks.copy()
+        child.num_tokens = self.num_tokens
+        return child
+
+    def release(self) -> None:
+        """Drop every reference and forget all tokens."""
+        self.truncate(0)

@@ -1,0 +1,117 @@
+"""A request: what was asked, once and unchangeably, and the sequences that answer it."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import TYPE_CHECKING
+
+import attrs
+
+from folo_core.sequence import Sequence, SequenceData, SequenceStatus
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from folo_core.outputs import TokenLogprobs
+    from folo_core.sampling_params import SamplingParams
+
+
+@attrs.define(slots=True)
+class RequestMetrics:
+    """Moments of a request's life, in seconds of ``time.monotonic``; None until they have passed."""
+
+    arrival_time: float = attrs.field(factory=time.monotonic)
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+    finished_time: float | None = None
+    num_preemptions: int = 0
+    num_generated_tokens: int = 0
+
+    @property
+    def queue_time(self) -> float | None:
+        """Seconds between arrival and the first step that ran any of the request."""
+        return None if self.first_scheduled_time is None else self.first_scheduled_time - self.arrival_time
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds between arrival and the first output token."""
+        return None if self.first_token_time is None else self.first_token_time - self.arrival_time
+
+    @property
+    def inter_token_latency(self) -> float | None:
+        """Mean seconds per sequence between output tokens after the first; None before the second."""
+        if self.first_token_time is None or self.last_token_time is None or self.num_generated_tokens < 2:  # noqa: PLR2004 (two tokens make one gap)
+            return None
+        return (self.last_token_time - self.first_token_time) / (self.num_generated_tokens - 1)
+
+    def record_tokens(self, now: float, count: int) -> None:
+        """Note that the longest sequence grew by ``count`` tokens at ``now``."""
+        if self.first_token_time is None:
+            self.first_token_time = now
+        self.last_token_time = now
+        self.num_generated_tokens += count
+
+
+@attrs.frozen(slots=True, kw_only=True, eq=False)
+class Request:
+    """What a caller asked for. Frozen; the lists it owns hold the sequences that answer it."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    """Resolved: token forms of stop conditions filled in, max_tokens never None."""
+    seed: int
+    """The params' seed, or one drawn from the engine's."""
+    prompt: str | None = None
+    priority: int = 0
+    """Lower runs earlier, under schedulers that look at it."""
+    arrival: int = 0
+    """Running number of arrival: ties in any order are broken by it."""
+    sampler: str = ""
+    """Name of the sampler that the params class picked."""
+    width: int = 1
+    """Most sequences that may live at once; admission reserves this many places."""
+    live: list[Sequence] = attrs.field(factory=list)
+    """Unfinished sequences, in row order."""
+    finished: list[Sequence] = attrs.field(factory=list)
+    """Ended sequences that a caller may still see, in the order they ended."""
+    metrics: RequestMetrics = attrs.field(factory=RequestMetrics)
+    prompt_logprobs: list[TokenLogprobs | None] = attrs.field(factory=list)
+    """One per prompt token, None first, filled chunk by chunk when asked for."""
+    _indices: Iterator[int] = attrs.field(factory=itertools.count, init=False, repr=False)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every sequence has ended."""
+        return not self.live
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether prompt log probabilities were asked for and are not all there yet."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt_token_ids)
+
+    def get_seqs(self, status: SequenceStatus | None = None) -> list[Sequence]:
+        """Return all sequences, or those in ``status``: ended ones first, then live ones in row order."""
+        sequences = [*self.finished, *self.live]
+        return sequences if status is None else [s for s in sequences if s.status is status]
+
+    def open_sequence(self, seq_id: int) -> Sequence:
+        """Start the request's first sequence."""
+        sequence = Sequence(seq_id=seq_id, index=next(self._indices), data=SequenceData(self.prompt_token_ids))
+        if self.params.logprobs is not None:
+            sequence.logprobs = []
+            sequence.data.cumulative_logprob = 0.0
+        self.live.append(sequence)
+        return sequence
+
+    def fork_sequence(self, parent: Sequence, seq_id: int) -> Sequence:
+        """Return a child of ``parent`` under the request's next index. The caller places it among ``live``."""
+        return parent.fork(seq_id=seq_id, index=next(self._indices))
+
+    def close_sequence(self, sequence: Sequence, status: SequenceStatus) -> None:
+        """End a live sequence in ``status`` and keep it for the caller."""
+        sequence.transition(status)
+        self.live.remove(sequence)
+        self.finished.append(sequence)

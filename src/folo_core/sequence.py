@@ -1,0 +1,198 @@
+"""One token stream and its progress: SequenceData is the pure data, Sequence the mutable bookkeeping around it."""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, Any, Self
+
+import attrs
+
+from folo_core.errors import IllegalTransitionError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from folo_core.engine.detokenizer import Detokenizer
+    from folo_core.kv_cache.block_table import BlockTable
+    from folo_core.outputs import TokenLogprobs
+
+
+class SequenceStatus(enum.Enum):
+    """Where a sequence is in its life. ``TRANSITIONS`` lists the moves that exist."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    SWAPPED = "swapped"
+    FINISHED_STOPPED = "stop"
+    FINISHED_LENGTH_CAPPED = "length"
+    FINISHED_ABORTED = "abort"
+    FINISHED_ERROR = "error"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether no further transition exists."""
+        return self in FINISHED
+
+    @property
+    def finish_reason(self) -> str | None:
+        """``stop``, ``length``, ``abort`` or ``error``; None while unfinished."""
+        return self.value if self in FINISHED else None
+
+
+FINISHED = frozenset(
+    {
+        SequenceStatus.FINISHED_STOPPED,
+        SequenceStatus.FINISHED_LENGTH_CAPPED,
+        SequenceStatus.FINISHED_ABORTED,
+        SequenceStatus.FINISHED_ERROR,
+    }
+)
+
+_BROKEN_OFF = frozenset({SequenceStatus.FINISHED_ABORTED, SequenceStatus.FINISHED_ERROR})
+
+TRANSITIONS: dict[SequenceStatus, frozenset[SequenceStatus]] = {
+    SequenceStatus.WAITING: frozenset({SequenceStatus.RUNNING}) | _BROKEN_OFF,
+    SequenceStatus.RUNNING: frozenset({SequenceStatus.WAITING, SequenceStatus.SWAPPED}) | FINISHED,
+    SequenceStatus.SWAPPED: frozenset({SequenceStatus.RUNNING, SequenceStatus.WAITING}) | _BROKEN_OFF,
+    **dict.fromkeys(FINISHED, frozenset()),
+}
+
+
+@attrs.define(slots=True)
+class SequenceData:
+    """Token ids and their cumulative log probability: pure data, serialisable.
+
+    The prompt is an immutable tuple that forks share; the output is a list that each fork owns,
+    so appending is amortised O(1) and a fork's changes never reach its parent.
+    """
+
+    prompt_token_ids: tuple[int, ...] = attrs.field(converter=tuple)
+    output_token_ids: list[int] = attrs.field(factory=list)
+    cumulative_logprob: float | None = None
+    """Sum of the model's log probabilities of the output tokens; None when the request did not ask for them."""
+    _token_ids: list[int] | None = attrs.field(default=None, init=False, repr=False, eq=False)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of prompt and output tokens."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def last_token_id(self) -> int:
+        """The newest token, which is the next decode step's input."""
+        return self.output_token_ids[-1] if self.output_token_ids else self.prompt_token_ids[-1]
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Prompt and output in one list, built on first use and then kept up to date. Not to be written."""
+        if self._token_ids is None:
+            self._token_ids = [*self.prompt_token_ids, *self.output_token_ids]
+        return self._token_ids
+
+    def append(self, token_id: int, logprob: float | None = None) -> None:
+        """Add one output token and, if given, its log probability."""
+        self.output_token_ids.append(token_id)
+        if self._token_ids is not None:
+            self._token_ids.append(token_id)
+        if logprob is not None:
+            self.cumulative_logprob = (self.cumulative_logprob or 0.0) + logprob
+
+    def fork(self) -> SequenceData:
+        """Return an independent copy that shares only the immutable prompt."""
+        child = SequenceData.__new__(SequenceData)
+        child.prompt_token_ids = self.prompt_token_ids
+        child.output_token_ids = self.output_token_ids.copy()
+        child.cumulative_logprob = self.cumulative_logprob
+        child._token_ids = None
+        return child
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain lists and numbers, ready for JSON."""
+        return {
+            "prompt_token_ids": list(self.prompt_token_ids),
+            "output_token_ids": list(self.output_token_ids),
+            "cumulative_logprob": self.cumulative_logprob,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Rebuild what ``to_dict`` wrote."""
+        return cls(data["prompt_token_ids"], list(data["output_token_ids"]), data["cumulative_logprob"])
+
+
+@attrs.define(slots=True, eq=False, kw_only=True)
+class Sequence:
+    """One candidate of a request. The scheduler moves it, the block table holds its keys and values."""
+
+    seq_id: int
+    """Unique within the engine."""
+    index: int
+    """Position among all sequences that the request ever had; part of the random key."""
+    data: SequenceData
+    status: SequenceStatus = SequenceStatus.WAITING
+    num_computed_tokens: int = 0
+    """Tokens whose keys and values are in the cache: progress, not cache hits."""
+    num_cached_tokens: int = 0
+    """Tokens that a prefix-cache hit spared."""
+    block_table: BlockTable | None = None
+    detokenizer: Detokenizer | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    """Per output token, when the request asked for log probabilities."""
+    stop_reason: int | str | None = None
+    """The stop token or stop string that ended the sequence; None for EOS, length, abort and error."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of prompt and output tokens."""
+        return self.data.num_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens that still have to pass through the model; 1 while decoding."""
+        return self.data.num_tokens - self.num_computed_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the sequence has reached a final status."""
+        return self.status.is_finished
+
+    def transition(self, status: SequenceStatus) -> None:
+        """Move to ``status``.
+
+        Raises:
+            IllegalTransitionError: the state machine has no such move.
+        """
+        if status not in TRANSITIONS[self.status]:
+            allowed = ", ".join(sorted(s.name for s in TRANSITIONS[self.status])) or "none: it is final"
+            message = f"sequence {self.seq_id}: {self.status.name} -> {status.name} is no move; allowed: {allowed}"
+            raise IllegalTransitionError(message)
+        self.status = status
+
+    def add_token_id(self, token_id: int, logprob: float | None = None) -> None:
+        """Append a generated token."""
+        self.data.append(token_id, logprob)
+
+    def fork(self, *, seq_id: int, index: int) -> Sequence:
+        """Return a child that continues from here on its own.
+
+        Keys and values stay shared block by block until one side writes; everything else is copied,
+        except the prompt, which is immutable.
+        """
+        return Sequence(
+            seq_id=seq_id,
+            index=index,
+            data=self.data.fork(),
+            status=self.status,
+            num_computed_tokens=self.num_computed_tokens,
+            num_cached_tokens=self.num_cached_tokens,
+            block_table=None if self.block_table is None else self.block_table.fork(),
+            detokenizer=None if self.detokenizer is None else self.detokenizer.fork(),
+            logprobs=None if self.logprobs is None else self.logprobs.copy(),
+        )
+
+
+def create_sequences(prompts: Iterable[tuple[int, ...]], *, first_id: int = 0) -> list[Sequence]:
+    """Return one waiting sequence per prompt, with consecutive ids from ``first_id``."""
+    return [
+        Sequence(seq_id=seq_id, index=0, data=SequenceData(prompt)) for seq_id, prompt in enumerate(prompts, first_id)
+    ]
