@@ -1,0 +1,300 @@
+"""How one request wants its tokens chosen: vLLM's names, defaults and ranges, checked at construction."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+import attrs
+
+from folo_core.errors import ParamsError
+from folo_core.validation import (
+    INT64_MAX,
+    Checked,
+    FrozenMap,
+    Relation,
+    as_float,
+    as_int,
+    as_optional_int,
+    boolean,
+    custom,
+    each,
+    integer,
+    is_text,
+    is_token_id,
+    number,
+    show,
+)
+
+GREEDY_BELOW = 1e-5
+"""Temperatures under this are stored as 0 (greedy): dividing logits by them would overflow float32."""
+BIAS_LIMIT = 100.0
+"""Entries of ``logit_bias`` are clamped to plus or minus this, as vLLM and OpenAI's API do."""
+
+
+class SamplingType(enum.Enum):
+    """What kind of decoding plain SamplingParams ask for; together with their class it picks the sampler."""
+
+    GREEDY = "greedy"
+    RANDOM = "random"
+    FAN_OUT = "fan_out"
+
+
+class RequestOutputKind(enum.Enum):
+    """What each streamed output carries."""
+
+    CUMULATIVE = "cumulative"
+    """Everything generated so far."""
+    DELTA = "delta"
+    """Only what is new."""
+    FINAL_ONLY = "final_only"
+    """Nothing until the request has finished."""
+
+
+def _as_texts(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, (list, tuple)) else value  # type: ignore[return-value]
+
+
+def _as_ids(value: Iterable[int] | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        return value  # type: ignore[return-value]
+    return tuple(map(as_int, value))
+
+
+def _as_optional_ids(value: Iterable[int] | None) -> tuple[int, ...] | None:
+    return None if value is None else _as_ids(value)
+
+
+def _as_temperature(value: float) -> float:
+    number = as_float(value)
+    return 0.0 if type(number) is float and 0.0 <= number < GREEDY_BELOW else number
+
+
+def _as_top_k(value: int) -> int:
+    return 0 if type(value) is int and value == -1 else as_int(value)
+
+
+def _as_seed(value: int | None) -> int | None:
+    return None if type(value) is int and value == -1 else as_optional_int(value)
+
+
+def _as_output_kind(value: RequestOutputKind | str) -> RequestOutputKind:
+    if isinstance(value, str) and value.upper() in RequestOutputKind.__members__:
+        return RequestOutputKind[value.upper()]
+    return value  # type: ignore[return-value]
+
+
+def _as_bias(value: Mapping[Any, float] | None) -> Mapping[int, float] | None:
+    if not isinstance(value, Mapping):
+        return value
+    return FrozenMap({_bias_key(key): _bias_value(bias) for key, bias in value.items()})
+
+
+def _bias_key(key: Any) -> Any:
+    """JSON objects have text keys: ``"12"`` means token 12."""
+    return int(key) if isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) < 20 else as_int(key)
+
+
+def _bias_value(bias: Any) -> Any:
+    bias = as_float(bias)
+    return max(-BIAS_LIMIT, min(BIAS_LIMIT, bias)) if type(bias) is float and math.isfinite(bias) else bias
+
+
+def _judge_bias(value: Any) -> str | None:
+    if value is None:
+        return None
+    fine = isinstance(value, FrozenMap) and all(
+        is_token_id(key) and type(bias) is float and math.isfinite(bias) for key, bias in value.items()
+    )
+    return None if fine else "must map token ids (integers >= 0) to finite numbers, or be None"
+
+
+def _judge_output_kind(value: Any) -> str | None:
+    kinds = ", ".join(RequestOutputKind.__members__)
+    return None if isinstance(value, RequestOutputKind) else f"must be a RequestOutputKind or one of {kinds}"
+
+
+def _best_of_covers_n(params: SamplingParams) -> str | None:
+    if params.best_of >= params.n:
+        return None
+    return f"best_of: {params.best_of}: must be >= n ({params.n}), because n of the candidates are returned"
+
+
+def _min_fits_max(params: SamplingParams) -> str | None:
+    if params.max_tokens is None or params.min_tokens <= params.max_tokens:
+        return None
+    return f"min_tokens: {params.min_tokens}: must be <= max_tokens ({params.max_tokens})"
+
+
+def _stop_needs_text(params: SamplingParams) -> str | None:
+    if params.detokenize or not params.stop:
+        return None
+    return f"stop: {show(params.stop)}: stop strings need text; set detokenize=True or use stop_token_ids"
+
+
+def _greedy_is_single(params: SamplingParams) -> str | None:
+    # A strategy with a params class of its own says itself what n means for it (beam search is greedy and has n > 1).
+    if type(params) is not SamplingParams or params.temperature > 0 or params.best_of == 1:
+        return None
+    return f"temperature: {params.temperature}: greedy decoding gives {params.best_of} equal answers; use > 0 or n=1"
+
+
+_TOKEN_IDS = "must be a list of token ids (integers >= 0)"
+_LOGPROBS = "must be an integer >= 0, -1 for the whole vocabulary, or None"
+
+
+@attrs.frozen(slots=True, kw_only=True)
+class SamplingParams(Checked):
+    """Sampling parameters of one request.
+
+    Raises:
+        ParamsError: one line for every bad field, at construction.
+    """
+
+    ERROR: ClassVar[type[ParamsError]] = ParamsError
+    RELATIONS: ClassVar[tuple[Relation, ...]] = (
+        Relation(("n", "best_of"), _best_of_covers_n),
+        Relation(("n", "best_of", "temperature"), _greedy_is_single),
+        Relation(("min_tokens", "max_tokens"), _min_fits_max),
+        Relation(("stop", "detokenize"), _stop_needs_text),
+    )
+
+    n: int = attrs.field(default=1, converter=as_int, metadata=integer(low=1))
+    """How many answers to return."""
+    _best_of: int | None = attrs.field(
+        default=None, alias="best_of", converter=as_optional_int, metadata=integer(low=1, optional=True)
+    )
+    presence_penalty: float = attrs.field(default=0.0, converter=as_float, metadata=number(low=-2, high=2))
+    """Subtracted once from the logit of every token already generated."""
+    frequency_penalty: float = attrs.field(default=0.0, converter=as_float, metadata=number(low=-2, high=2))
+    """Subtracted for each time a token was already generated."""
+    repetition_penalty: float = attrs.field(default=1.0, converter=as_float, metadata=number(above=0))
+    """Divides positive and multiplies negative logits of tokens in the prompt or the output (Keskar et al., 2019)."""
+    temperature: float = attrs.field(default=1.0, converter=_as_temperature, metadata=number(low=0))
+    """Divides the logits; 0 is greedy, and values under 1e-5 become 0."""
+    top_p: float = attrs.field(default=1.0, converter=as_float, metadata=number(above=0, high=1))
+    """Keep the smallest set of most likely tokens whose probabilities reach this (Holtzman et al., 2020)."""
+    top_k: int = attrs.field(default=0, converter=_as_top_k, metadata=integer(low=0))
+    """Keep this many most likely tokens; 0 or -1 keeps all."""
+    min_p: float = attrs.field(default=0.0, converter=as_float, metadata=number(low=0, high=1))
+    """Keep tokens at least this likely relative to the most likely one."""
+    seed: int | None = attrs.field(
+        default=None, converter=_as_seed, metadata=integer(low=-INT64_MAX - 1, high=INT64_MAX, optional=True)
+    )
+    """Fixes the request's random choices; None or -1 draws from the engine's seed."""
+    stop: tuple[str, ...] = attrs.field(
+        default=(), converter=_as_texts, metadata=each(is_text, "must be non-empty text or a list of it")
+    )
+    """Strings that end the answer."""
+    stop_token_ids: tuple[int, ...] = attrs.field(default=(), converter=_as_ids, metadata=each(is_token_id, _TOKEN_IDS))
+    """Tokens that end the answer."""
+    bad_words: tuple[str, ...] = attrs.field(
+        default=(), converter=_as_texts, metadata=each(is_text, "must be a list of non-empty text")
+    )
+    """Words that are never generated."""
+    ignore_eos: bool = attrs.field(default=False, metadata=boolean())
+    """Go on after the model's end-of-sequence token."""
+    max_tokens: int | None = attrs.field(default=16, converter=as_optional_int, metadata=integer(low=1, optional=True))
+    """Longest answer in tokens; None for as long as the model's length allows."""
+    min_tokens: int = attrs.field(default=0, converter=as_int, metadata=integer(low=0))
+    """No stop token ends the answer before this many tokens."""
+    logprobs: int | None = attrs.field(default=None, converter=as_optional_int, metadata=integer(low=-1, optional=True))
+    """How many most likely tokens to report at each position besides the sampled one; -1 for all, None for none."""
+    prompt_logprobs: int | None = attrs.field(
+        default=None, converter=as_optional_int, metadata=integer(low=-1, optional=True)
+    )
+    """The same for the prompt's positions."""
+    detokenize: bool = attrs.field(default=True, metadata=boolean())
+    """Turn tokens into text."""
+    skip_special_tokens: bool = attrs.field(default=True, metadata=boolean())
+    """Leave special tokens out of the text."""
+    include_stop_str_in_output: bool = attrs.field(default=False, metadata=boolean())
+    """Keep the stop string at the end of the text."""
+    output_kind: RequestOutputKind = attrs.field(
+        default=RequestOutputKind.CUMULATIVE, converter=_as_output_kind, metadata=custom(_judge_output_kind)
+    )
+    """What each streamed output carries."""
+    logit_bias: Mapping[int, float] | None = attrs.field(
+        default=None, converter=_as_bias, hash=False, metadata=custom(_judge_bias)
+    )
+    """Added to the logits of the given tokens, clamped to plus or minus 100; an immutable copy."""
+    allowed_token_ids: tuple[int, ...] | None = attrs.field(
+        default=None,
+        converter=_as_optional_ids,
+        metadata=each(is_token_id, "must be a non-empty list of token ids, or None", optional=True, empty=False),
+    )
+    """Only these tokens may be generated."""
+
+    @property
+    def best_of(self) -> int:
+        """How many candidates to generate; ``n`` unless given."""
+        return self.n if self._best_of is None else self._best_of
+
+    @cached_property
+    def sampling_type(self) -> SamplingType:
+        """Which kind of sampler serves these parameters."""
+        if self.best_of > 1:
+            return SamplingType.FAN_OUT
+        return SamplingType.RANDOM if self.temperature > 0 else SamplingType.GREEDY
+
+    def validate_for(self, vocab_size: int, max_logprobs: int = 20, max_sequences: int = 256) -> None:
+        """Check what depends on the model and the engine's caps. Allocates nothing in proportion to any field.
+
+        Args:
+            vocab_size: width of a logits row, in tokens.
+            max_logprobs: cap on ``logprobs`` and ``prompt_logprobs``; -1 for no cap but the vocabulary.
+            max_sequences: cap on ``n`` and ``best_of``.
+
+        Raises:
+            ParamsError: one line for every problem.
+        """
+        problems = self.problems_for(vocab_size, max_logprobs, max_sequences)
+        if problems:
+            raise self.ERROR(problems)
+
+    def problems_for(self, vocab_size: int, max_logprobs: int = 20, max_sequences: int = 256) -> list[str]:
+        """The problems that ``validate_for`` raises, as lines; a subclass extends ``super()``'s."""
+        problems: list[str] = []
+        if self.best_of > max_sequences:
+            name = "n" if self._best_of is None else "best_of"
+            problems.append(
+                f"{name}: {self.best_of}: must be <= {max_sequences}, the engine's max_sequences_per_request"
+            )
+        cap = vocab_size if max_logprobs == -1 else min(max_logprobs, vocab_size)
+        for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if count is not None and (vocab_size if count == -1 else count) > cap:
+                problems.append(f"{name}: {count}: must be <= {cap}; raise the engine's max_logprobs to allow more")
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            ids = getattr(self, name)
+            if ids and max(ids) >= vocab_size:
+                problems.append(f"{name}: {max(ids)}: outside the vocabulary; token ids end at {vocab_size - 1}")
+        return problems
+
+
+def validate_batch(
+    params: Sequence[SamplingParams], *, vocab_size: int, max_logprobs: int = 20, max_sequences: int = 256
+) -> None:
+    """``validate_for`` over a batch, in which an object that occurs many times is checked once.
+
+    Raises:
+        ParamsError: one line for every problem, with the index of the first request that has it.
+    """
+    seen: set[int] = set()
+    problems: list[str] = []
+    for index, item in enumerate(params):
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        found = item.problems_for(vocab_size, max_logprobs, max_sequences)
+        problems += [f"[{index}].{line}" for line in found]
+    if problems:
+        raise ParamsError(problems)

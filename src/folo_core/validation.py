@@ -1,0 +1,289 @@
+"""Rules that judge the fields of configs and parameters, so that every problem is reported at once.
+
+A field carries its rule as metadata (``attrs.field(default=1, metadata=integer(low=1))``); rules that need several
+fields are ``Relation``s of the class. A converter only normalises what it understands and passes anything else on
+unchanged: judging is the rule's work, because a converter that raised would hide the problems of later fields.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import re
+import reprlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from operator import attrgetter
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+import attrs
+
+from folo_core.errors import ConfigError, ParamsError
+
+Rule = Callable[[Any], str | None]
+"""Returns None when the value is fine, else the mend (``must be an integer >= 1``)."""
+
+K = TypeVar("K")
+V_co = TypeVar("V_co", covariant=True)
+
+INT64_MAX = 2**63 - 1
+_RULE = "folo_rule"
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 80
+
+
+class FrozenMap(Mapping[K, V_co], Generic[K, V_co]):
+    """An immutable mapping with private storage, equal to any mapping with the same items."""
+
+    __slots__ = ("_items",)
+    _items: dict[K, V_co]
+
+    def __init__(self, items: Mapping[K, V_co] | None = None) -> None:
+        object.__setattr__(self, "_items", dict(items or {}))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{name}: {show(value)}: a FrozenMap cannot change; build a new one")
+
+    def __getitem__(self, key: K) -> V_co:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._items.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._items,)
+
+
+@attrs.frozen
+class Rejected:
+    """Stands in for a value that could not be built, until its problems are reported with all others.
+
+    A line's path is relative to the value; a line about the value itself begins with a colon.
+    """
+
+    problems: list[str]
+
+
+class Relation(NamedTuple):
+    """A rule over several fields; asked only when each of them is fine by itself."""
+
+    fields: tuple[str, ...]
+    judge: Callable[[Any], str | None]
+    """Gets the whole object and returns None or a full problem line (``path: value: mend``)."""
+
+
+class Checked:
+    """Base of attrs classes that report all problems of their fields in one error, at construction."""
+
+    __slots__ = ()
+    ERROR: ClassVar[type[ConfigError] | type[ParamsError]] = ConfigError
+    RELATIONS: ClassVar[tuple[Relation, ...]] = ()
+
+    def __attrs_post_init__(self) -> None:
+        try:
+            problems = self.check()
+        except Exception:
+            # A subclass's own check may trip over a field of the wrong type: the field's problem is the cause.
+            problems = problems_of(self)
+            if not problems:
+                raise
+        if problems:
+            raise self.ERROR(problems)
+
+    def check(self) -> list[str]:
+        """Every problem of this object, one line each; a subclass extends ``super().check()``."""
+        return problems_of(self)
+
+
+class _Plan(NamedTuple):
+    values: Callable[[Any], tuple[Any, ...]]
+    names: tuple[str, ...]
+    defaults: tuple[Any, ...]
+    rules: tuple[Rule | None, ...]
+
+
+@lru_cache(maxsize=None)
+def _plan(cls: type) -> _Plan:
+    """What ``problems_of`` needs to know about a class, worked out once."""
+    fields = [field for field in attrs.fields(cls) if field.init]
+    # A lone attrgetter returns no tuple, so the class itself is read as well and dropped by zip.
+    getter = attrgetter(*[field.name for field in fields], "__class__")
+    names = tuple(field.alias or field.name for field in fields)
+    return _Plan(getter, names, tuple(f.default for f in fields), tuple(f.metadata.get(_RULE) for f in fields))
+
+
+def problems_of(instance: object) -> list[str]:
+    """Every problem of an attrs object's fields and relations, one line each (``path: value: mend``)."""
+    plan = _plan(type(instance))
+    problems: list[str] = []
+    bad: set[str] = set()
+    for name, value, default, rule in zip(plan.names, plan.values(instance), plan.defaults, plan.rules, strict=False):
+        if value is default:
+            continue
+        found = _judge(name, value, rule)
+        if found:
+            bad.add(name)
+            problems += found
+    for relation in getattr(type(instance), "RELATIONS", ()):
+        if bad.isdisjoint(relation.fields) and (line := relation.judge(instance)) is not None:
+            problems.append(line)
+    return problems
+
+
+def _judge(name: str, value: object, rule: Rule | None) -> list[str]:
+    if type(value) is Rejected:
+        return [under(name, line) for line in value.problems]
+    mend = rule(value) if rule is not None else None
+    return [] if mend is None else [f"{name}: {show(value)}: {mend}"]
+
+
+def under(name: str, line: str) -> str:
+    """A problem line of a nested value with its parent's name before its path."""
+    return f"{name}{line}" if line.startswith((":", "[")) else f"{name}.{line}"
+
+
+def rule_of(field: attrs.Attribute[Any]) -> Rule | None:
+    """The rule that a field carries, or None."""
+    found: Rule | None = field.metadata.get(_RULE)
+    return found
+
+
+def show(value: object) -> str:
+    """A short repr of any value, for error messages; never raises, never long."""
+    try:
+        return _repr.repr(value)
+    except Exception:  # noqa: BLE001 (a repr may fail in any way, and the message must still be written)
+        return f"<{type(value).__name__}>"
+
+
+# --- rules ---------------------------------------------------------------------------------------------------------
+
+
+def integer(*, low: int | None = None, high: int | None = None, optional: bool = False) -> dict[str, Rule]:
+    """Metadata for an integer within inclusive bounds; a bool is no integer."""
+    mend = f"must be an integer{_span(low, high)}{_or_none(optional)}"
+
+    def judge(value: Any) -> str | None:
+        if value is None:
+            return None if optional else mend
+        if type(value) is not int or (low is not None and value < low) or (high is not None and value > high):
+            return mend
+        return None
+
+    return {_RULE: judge}
+
+
+def number(*, low: float | None = None, high: float | None = None, above: float | None = None) -> dict[str, Rule]:
+    """Metadata for a finite float within inclusive bounds, or greater than ``above``."""
+    mend = f"must be a finite number{_span(low, high, above)}"
+
+    def judge(value: Any) -> str | None:
+        if type(value) is not float or not math.isfinite(value):
+            return mend
+        if (low is not None and value < low) or (high is not None and value > high):
+            return mend
+        return mend if above is not None and value <= above else None
+
+    return {_RULE: judge}
+
+
+def boolean() -> dict[str, Rule]:
+    """Metadata for True or False, and nothing that merely looks like it."""
+    return {_RULE: lambda value: None if type(value) is bool else "must be true or false"}
+
+
+def text(*, optional: bool = False, pattern: str = "", mend: str = "") -> dict[str, Rule]:
+    """Metadata for non-empty text that UTF-8 can encode, optionally matching a whole ``pattern``."""
+    mend = f"{mend or 'must be non-empty text'}{_or_none(optional)}"
+    matches = re.compile(pattern).fullmatch if pattern else None
+
+    def judge(value: Any) -> str | None:
+        if value is None and optional:
+            return None
+        return mend if not is_text(value) or "\0" in value or (matches and not matches(value)) else None
+
+    return {_RULE: judge}
+
+
+def one_of(*choices: str) -> dict[str, Rule]:
+    """Metadata for one of a few words."""
+    mend = f"must be one of {', '.join(choices)}"
+    return {_RULE: lambda value: None if isinstance(value, str) and value in choices else mend}
+
+
+def each(item: Callable[[Any], bool], mend: str, *, optional: bool = False, empty: bool = True) -> dict[str, Rule]:
+    """Metadata for a tuple whose every item passes ``item``."""
+
+    def judge(value: Any) -> str | None:
+        if value is None and optional:
+            return None
+        return mend if type(value) is not tuple or not (value or empty) or not all(map(item, value)) else None
+
+    return {_RULE: judge}
+
+
+def custom(rule: Rule) -> dict[str, Rule]:
+    """Metadata for any other rule."""
+    return {_RULE: rule}
+
+
+def _span(low: float | None, high: float | None, above: float | None = None) -> str:
+    if above is not None:
+        return f" > {above:g}" + ("" if high is None else f" and <= {high:g}")
+    if low is not None and high is not None:
+        return f" from {low} to {high}"
+    return f" >= {low}" if low is not None else f" <= {high}" if high is not None else ""
+
+
+def _or_none(optional: bool) -> str:
+    return " or None" if optional else ""
+
+
+# --- converters and predicates ---------------------------------------------------------------------------------------
+
+
+def is_text(value: object) -> bool:
+    """Whether the value is non-empty text that UTF-8 can encode (a lone surrogate cannot be)."""
+    if type(value) is not str or not value:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_token_id(value: object) -> bool:
+    """Whether the value is an integer that could be a token id."""
+    return type(value) is int and 0 <= value <= INT64_MAX
+
+
+def as_int(value: int) -> int:
+    """Plain int from any integral number (numpy's too); anything else unchanged."""
+    if type(value) is int or isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        return value
+    return int(value)
+
+
+def as_optional_int(value: int | None) -> int | None:
+    """Like ``as_int``, with None for None."""
+    return None if value is None else as_int(value)
+
+
+def as_float(value: float) -> float:
+    """Plain float from any real number; anything else, and what a float cannot hold, unchanged."""
+    if type(value) is float or isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    try:
+        return float(value)
+    except OverflowError:
+        return value
