@@ -46,3 +46,22 @@ class ModelLoader(Protocol):
             ModelLoadError: files are missing, truncated or of an unknown kind.
             UnsupportedModelError: the architecture cannot run through paged attention.
         """
+
+
+class Peer(Protocol):
+    """Another engine over the same weights, dtype and device, for ``folo bench --against``."""
+
+    def generate(self, prompts: list[list[int]], max_tokens: list[int]) -> list[list[int]]:
+        """Continue all prompts greedily as one batch, past end-of-sequence; return ``max_tokens[i]`` tokens of each."""
+
+
+@runtime_checkable
+class PeerOpener(Protocol):
+    """A ModelLoader that can also open its model in engines other than Folo."""
+
+    def open_peer(self, name: str) -> Peer:
+        """Load the model into the engine ``name``.
+
+        Raises:
+            ModelLoadError: no such engine is known; the message names those that are.
+        """
