@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from folo_core.errors import ParamsError
+from folo_core.sampling_params import SamplingParams, SamplingType
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from folo_core.execution.interface import Executor, LoadedModel, ModelInfo
     from folo_core.execution.loading import Tokenizer
     from folo_core.execution.parts import NamedPart
-    from folo_core.sampling_params import SamplingParams, SamplingType
 
 
 @attrs.frozen(slots=True, kw_only=True)
@@ -36,24 +36,29 @@ class ExecutorParts:
 class SamplerTable:
     """Which sampler serves which parameters: by their class, and for plain SamplingParams by their sampling type."""
 
-    by_class: Mapping[type[SamplingParams], str]
-    by_type: Mapping[SamplingType, str]
+    claims: Mapping[object, tuple[str, ...]]
+    """Params class or SamplingType to the qualified names of the samplers that claim it."""
 
     def find(self, params: SamplingParams) -> str:
-        """Return the sampler's name.
+        """Return the sampler's qualified name.
 
         Raises:
-            ParamsError: no installed sampler serves these parameters.
+            ParamsError: no installed sampler serves these parameters, or more than one does.
         """
-        name = self.by_class.get(type(params)) or self.by_type.get(params.sampling_type)
-        if name is None:
-            served = sorted({t.name for t in self.by_type} | {c.__name__ for c in self.by_class})
-            message = (
-                f"params: {type(params).__name__} with sampling type {params.sampling_type.name}: no installed sampler "
-                f"serves it (served: {', '.join(served)}); n and best_of need folo-best-of, beam search folo-beam"
-            )
+        asked = f"params: {type(params).__name__} with sampling type {params.sampling_type.name}"
+        plain = type(params) is SamplingParams
+        names = self.claims.get(params.sampling_type if plain else type(params), ())
+        if len(names) == 1:
+            return names[0]
+        if names:
+            message = f"{asked}: {' and '.join(names)} both serve it: block one with FOLO_BLOCK=PLUGIN"
             raise ParamsError(message)
-        return name
+        served = sorted(claim.name if isinstance(claim, SamplingType) else claim.__name__ for claim in self.claims)  # type: ignore[attr-defined] (a class)
+        message = (
+            f"{asked}: no installed sampler serves it (served: {', '.join(served)}); "
+            "n and best_of need a fan-out sampler such as folo-best-of, other classes their own plugin"
+        )
+        raise ParamsError(message)
 
 
 @attrs.frozen(slots=True, kw_only=True)

@@ -152,7 +152,7 @@ _TOKEN_IDS = "must be a list of token ids (integers >= 0)"
 _LOGPROBS = "must be an integer >= 0, -1 for the whole vocabulary, or None"
 
 
-@attrs.frozen(slots=True, kw_only=True)
+@attrs.frozen(slots=True, kw_only=True, repr=False)
 class SamplingParams(Checked):
     """Sampling parameters of one request.
 
@@ -233,6 +233,15 @@ class SamplingParams(Checked):
         metadata=each(is_token_id, "must be a non-empty list of token ids, or None", optional=True, empty=False),
     )
     """Only these tokens may be generated."""
+    resolved_eos: tuple[int, ...] = attrs.field(default=(), repr=False, eq=False)
+    """The model's end-of-sequence tokens. Filled in by the engine at admission."""
+    resolved_bad_words: tuple[tuple[int, ...], ...] = attrs.field(default=(), repr=False, eq=False)
+    """``bad_words`` as token ids. Filled in by the engine at admission."""
+
+    @property
+    def num_sequences(self) -> int:
+        """Most sequences of the request that live at once; admission reserves places for them."""
+        return self.best_of
 
     @property
     def best_of(self) -> int:

@@ -1,0 +1,238 @@
+"""The offline face: a batch of prompts in, a list of outputs back."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import attrs
+
+from folo_core.config import EngineConfig
+from folo_core.engine.engine import Engine
+from folo_core.errors import FoloError, RequestError
+from folo_core.plugins.assembly import build_components
+from folo_core.plugins.manager import load_registry
+from folo_core.sampling_params import RequestOutputKind, SamplingParams
+
+if TYPE_CHECKING:
+    from folo_core.execution.loading import Tokenizer
+    from folo_core.outputs import RequestOutput
+    from folo_core.plugins.registry import Registry
+
+PromptLike = str | Mapping[str, object] | Sequence[int]
+Message = Mapping[str, Any]
+T = TypeVar("T")
+
+
+class LLM:
+    """Generates text from a model, many prompts at a time.
+
+    Args:
+        model: ``demo``, a local folder, a GGUF file or a hub id.
+        options: flat keywords of any section of EngineConfig, with vLLM's names: ``dtype``, ``seed``,
+            ``max_model_len``, ``max_num_seqs``, ``enable_prefix_caching``, ``skip_tokenizer_init``,
+            ``tensor_parallel_size``, ``gpu_memory_utilization`` and so on.
+
+    Raises:
+        ConfigError: every bad option at once.
+        ModelLoadError: the model cannot be loaded.
+        PluginError: a plugin that the options name is missing or broken.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:  # noqa: ANN401 (each option's section judges its type)
+        self._start(EngineConfig.from_options(model=model, **options))
+
+    @classmethod
+    def from_config(cls, config: EngineConfig, registry: Registry | None = None) -> Self:
+        """Build from a whole configuration, and from a registry other than that of the installed plugins."""
+        llm = cls.__new__(cls)
+        llm._start(config, registry)
+        return llm
+
+    def _start(self, config: EngineConfig, registry: Registry | None = None) -> None:
+        if registry is None:
+            registry = load_registry(block=config.blocked_plugins, strict=config.strict_plugins)
+        self.engine = Engine(build_components(config, registry))
+        self._request_ids = itertools.count()
+
+    def get_tokenizer(self) -> Tokenizer:
+        """Return the model's tokenizer.
+
+        Raises:
+            FoloError: it was skipped with ``skip_tokenizer_init=True``.
+        """
+        tokenizer = self.engine.components.tokenizer
+        if tokenizer is None:
+            message = "tokenizer: skip_tokenizer_init=True: this engine has none"
+            raise FoloError(message)
+        return tokenizer
+
+    def generate(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete one or many prompts.
+
+        Args:
+            prompts: a text, ``{"prompt": text}``, ``{"prompt_token_ids": [...]}`` or a list of token ids;
+                or a list of any of these.
+            sampling_params: one for all prompts, or one for each.
+            use_tqdm: show progress on stderr, if that is a terminal.
+            priority: one for each prompt, for schedulers that look at it; lower runs earlier.
+
+        Returns:
+            One output per prompt, in the prompts' order. A request that failed on its own has
+            ``finish_reason="error"`` and ``error``; the others are complete.
+
+        Raises:
+            RequestError: a prompt cannot be served; nothing has been generated.
+            ParamsError: parameters do not fit the model; nothing has been generated.
+        """
+        batch = _as_batch(prompts)
+        params = _one_each(sampling_params or SamplingParams(), len(batch), "sampling_params")
+        priorities = _one_each(0 if priority is None else priority, len(batch), "priority")
+        ids = [f"llm-{next(self._request_ids)}" for _ in batch]
+        try:
+            final = {id(p): attrs.evolve(p, output_kind=RequestOutputKind.FINAL_ONLY) for p in params}
+            for request_id, prompt, param, rank in zip(ids, batch, params, priorities, strict=True):
+                self.engine.add_request(request_id, prompt, final[id(param)], priority=rank)
+            return self._run(ids, show_progress=use_tqdm and sys.stderr.isatty())
+        except BaseException:
+            self.engine.abort(ids)
+            raise
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one or many conversations, laid out by the model's own chat template.
+
+        Args:
+            messages: a list of ``{"role": ..., "content": ...}``, or a list of such lists.
+            sampling_params: one for all conversations, or one for each.
+            use_tqdm: show progress on stderr, if that is a terminal.
+            chat_template: a Jinja template in place of the model's.
+            add_generation_prompt: end with the marks that open the assistant's turn.
+
+        Raises:
+            RequestError: as ``generate``, or the model has no chat template.
+        """
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prompts = [
+            self.apply_chat_template(c, chat_template=chat_template, add_generation_prompt=add_generation_prompt)  # type: ignore[arg-type] (told apart above)
+            for c in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def apply_chat_template(
+        self, messages: Sequence[Message], *, chat_template: str | None = None, add_generation_prompt: bool = True
+    ) -> dict[str, object]:
+        """Return a conversation as a prompt, ``{"prompt": text, "prompt_token_ids": ids}``."""
+        return chat_prompt(
+            self.get_tokenizer(),
+            messages,
+            chat_template=chat_template or self.engine.components.config.model.chat_template,
+            add_generation_prompt=add_generation_prompt,
+        )
+
+    def _run(self, ids: list[str], *, show_progress: bool) -> list[RequestOutput]:
+        """Step until every request of ``ids`` has ended."""
+        done: dict[str, RequestOutput] = {}
+        wanted = set(ids)
+        with _Progress(len(ids), enabled=show_progress) as progress:
+            while len(done) < len(ids):
+                for output in self.engine.step():
+                    if output.finished and output.request_id in wanted:
+                        done[output.request_id] = output
+                        progress.advance(output)
+        return [done[request_id] for request_id in ids]
+
+
+def chat_prompt(
+    tokenizer: Tokenizer, messages: Sequence[Message], *, chat_template: str | None, add_generation_prompt: bool = True
+) -> dict[str, object]:
+    """Lay a conversation out as a prompt. The template runs in transformers' immutable Jinja sandbox.
+
+    Raises:
+        RequestError: the messages are malformed, or there is no template, or the template refuses them.
+    """
+    for place, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+            text = f"messages[{place}]: {message!r}: give {{'role': 'user' | 'assistant' | ..., 'content': text}}"
+            raise RequestError(text)
+    if chat_template is None and not getattr(tokenizer, "chat_template", None):
+        text = "chat_template: the model's tokenizer has none: give chat_template=, or use generate"
+        raise RequestError(text)
+    try:
+        prompt = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            chat_template=chat_template,
+        )
+    except Exception as error:
+        text = f"messages: the chat template refused them: {type(error).__name__}: {error}"
+        raise RequestError(text) from error
+    return {"prompt": prompt, "prompt_token_ids": tokenizer.encode(prompt, add_special_tokens=False)}
+
+
+def _as_batch(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:
+    """Tell one prompt from many: a list of numbers is one prompt of token ids."""
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    items = list(prompts)
+    if items and all(isinstance(item, int) for item in items):
+        return [items]  # type: ignore[list-item] (all are ints)
+    return items  # type: ignore[return-value] (none of them is an int)
+
+
+def _one_each(given: T | Sequence[T], count: int, name: str) -> list[T]:
+    if not isinstance(given, Sequence):
+        return [given] * count
+    if len(given) != count:
+        message = f"{name}: {len(given)} given for {count} prompts: give one for all, or one for each"
+        raise RequestError(message)
+    return list(given)
+
+
+class _Progress:
+    """A bar on stderr: requests done and tokens per second."""
+
+    def __init__(self, total: int, *, enabled: bool) -> None:
+        self._total = total
+        self._enabled = enabled
+        self._tokens = 0
+
+    def __enter__(self) -> Self:
+        if self._enabled:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeElapsedColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task("", total=self._total, rate="")
+            self._bar.start()
+        return self
+
+    def advance(self, output: RequestOutput) -> None:
+        """Count a finished request."""
+        if self._enabled:
+            self._tokens += sum(len(completion.token_ids) for completion in output.outputs)
+            elapsed = self._bar.tasks[0].elapsed
+            rate = f"{self._tokens / elapsed:.0f} tok/s" if elapsed else ""
+            self._bar.update(self._task, advance=1, rate=rate)
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._enabled:
+            self._bar.stop()

