@@ -91,10 +91,10 @@ def throughput(  # noqa: PLR0913, PLR0917 (options of a command)
     """Output tokens per second of many requests at once."""
     llm = _open(model, dtype, threads, requests)
     ranges = _range(prompt_tokens), _range(output_tokens)
-    workload = Workload.draw(seed, requests, *ranges, llm.model_info.vocab_size)
+    workload = Workload.draw(seed, requests, *ranges, llm.engine.components.model_info.vocab_size)
     contestants = [Contestant("folo", lambda w: _folo(llm, w))]
     if against:
-        peer = llm.open_peer(against)
+        peer = _open_peer(llm, against)
         contestants += [
             Contestant(f"{against}, one by one", lambda w: _in_batches(peer, w, 1)),
             Contestant(f"{against}, static batches of {STATIC_BATCH}", lambda w: _in_batches(peer, w, STATIC_BATCH)),
@@ -123,10 +123,10 @@ def latency(  # noqa: PLR0913, PLR0917 (options of a command)
     """Milliseconds to the first token, and for each further token, of one request alone."""
     llm = _open(model, dtype, threads, 1)
     sizes = (prompt_tokens, prompt_tokens), (output_tokens, output_tokens)
-    workload = Workload.draw(seed, 1, *sizes, llm.model_info.vocab_size)
+    workload = Workload.draw(seed, 1, *sizes, llm.engine.components.model_info.vocab_size)
     contestants = [Contestant("folo", lambda w: _folo(llm, w))]
     if against:
-        peer = llm.open_peer(against)
+        peer = _open_peer(llm, against)
         contestants.append(Contestant(against, lambda w: _in_batches(peer, w, 1)))
     first = _interleave(contestants, attrs.evolve(workload, output_lengths=[1]), rounds)
     whole = _interleave(contestants, workload, rounds)
@@ -147,6 +147,21 @@ def _open(model: str, dtype: str, threads: int | None, requests: int) -> LLM:
     from folo_core.llm import LLM
 
     return LLM(model=model, dtype=dtype, max_num_seqs=max(requests, 64))
+
+
+def _open_peer(llm: LLM, name: str) -> Peer:
+    """Open the model in another engine, through a loader that can: the core itself imports no model library."""
+    from folo_core.execution.loading import PeerOpener
+    from folo_core.plugins.manager import load_registry
+
+    config = llm.engine.components.config
+    for part in load_registry(block=config.blocked_plugins).all("model_loaders"):
+        if part.spec.can_load(config.model.model):
+            loader = part.build(config)
+            if isinstance(loader, PeerOpener):
+                return loader.open_peer(name)
+    message = f"--against: {name!r}: no installed loader can open {config.model.model!r} in another engine"
+    raise FoloError(message)
 
 
 def _range(text: str) -> tuple[int, int]:
@@ -206,7 +221,7 @@ def _interleave(contestants: list[Contestant], workload: Workload, rounds: int) 
 
 def _describe(llm: LLM, workload: Workload, rounds: int) -> dict[str, Any]:
     """Say what was run, and where."""
-    info = llm.model_info
+    info = llm.engine.components.model_info
     return {
         "model": info.architecture,
         "parameters": info.num_parameters,
