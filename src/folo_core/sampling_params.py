@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 
@@ -16,23 +16,31 @@ from folo_core.validation import (
     Checked,
     FrozenMap,
     Relation,
+    are_texts,
+    are_token_ids,
     as_float,
     as_int,
     as_optional_int,
     boolean,
     custom,
-    each,
+    every,
     integer,
-    is_text,
-    is_token_id,
     number,
     show,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from folo_core.validation import (
+        Data,
+    )
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this are stored as 0 (greedy): dividing logits by them would overflow float32."""
 BIAS_LIMIT = 100.0
 """Entries of ``logit_bias`` are clamped to plus or minus this, as vLLM and OpenAI's API do."""
+_DIGITS = 20
 
 
 class SamplingType(enum.Enum):
@@ -54,29 +62,29 @@ class RequestOutputKind(enum.Enum):
     """Nothing until the request has finished."""
 
 
-def _as_texts(value: str | Sequence[str] | None) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        return (value,)
-    return tuple(value) if isinstance(value, (list, tuple)) else value  # type: ignore[return-value]
+def _as_texts(value: str | Sequence[str] | None) -> Data:
+    if value is None or isinstance(value, str):
+        return () if value is None else (value,)
+    return tuple(value) if isinstance(value, (list, tuple)) else value
 
 
-def _as_ids(value: Iterable[int] | None) -> tuple[int, ...]:
+def _as_ids(value: Collection[int] | None) -> Data:
+    if type(value) is tuple and are_token_ids(value):
+        return value
     if value is None:
         return ()
-    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-        return value  # type: ignore[return-value]
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Collection):
+        return value
     return tuple(map(as_int, value))
 
 
-def _as_optional_ids(value: Iterable[int] | None) -> tuple[int, ...] | None:
+def _as_optional_ids(value: Collection[int] | None) -> Data:
     return None if value is None else _as_ids(value)
 
 
 def _as_temperature(value: float) -> float:
-    number = as_float(value)
-    return 0.0 if type(number) is float and 0.0 <= number < GREEDY_BELOW else number
+    plain = as_float(value)
+    return 0.0 if type(plain) is float and 0.0 <= plain < GREEDY_BELOW else plain
 
 
 def _as_top_k(value: int) -> int:
@@ -87,38 +95,45 @@ def _as_seed(value: int | None) -> int | None:
     return None if type(value) is int and value == -1 else as_optional_int(value)
 
 
-def _as_output_kind(value: RequestOutputKind | str) -> RequestOutputKind:
+def _as_output_kind(value: RequestOutputKind | str) -> Data:
     if isinstance(value, str) and value.upper() in RequestOutputKind.__members__:
         return RequestOutputKind[value.upper()]
-    return value  # type: ignore[return-value]
+    return value
 
 
-def _as_bias(value: Mapping[Any, float] | None) -> Mapping[int, float] | None:
+def _as_bias(value: Mapping[Any, float] | None) -> Data:
     if not isinstance(value, Mapping):
         return value
-    return FrozenMap({_bias_key(key): _bias_value(bias) for key, bias in value.items()})
+    biases = FrozenMap({_as_token(key): _as_bounded(bias) for key, bias in value.items()})
+    return biases if len(biases) == len(value) else dict(value)  # "12" beside 12 is refused, not decided
 
 
-def _bias_key(key: Any) -> Any:
+def _as_token(key: Data) -> Data:
     """JSON objects have text keys: ``"12"`` means token 12."""
-    return int(key) if isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) < 20 else as_int(key)
+    return (
+        int(key) if isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) < _DIGITS else as_int(key)
+    )
 
 
-def _bias_value(bias: Any) -> Any:
+def _as_bounded(bias: Data) -> Data:
     bias = as_float(bias)
     return max(-BIAS_LIMIT, min(BIAS_LIMIT, bias)) if type(bias) is float and math.isfinite(bias) else bias
 
 
-def _judge_bias(value: Any) -> str | None:
-    if value is None:
-        return None
-    fine = isinstance(value, FrozenMap) and all(
-        is_token_id(key) and type(bias) is float and math.isfinite(bias) for key, bias in value.items()
+def _is_choice(ids: tuple[Any, ...]) -> bool:
+    return bool(ids) and are_token_ids(ids)
+
+
+def _judge_bias(value: object) -> str | None:
+    fine = value is None or (
+        isinstance(value, FrozenMap)
+        and are_token_ids(value)
+        and all(type(bias) is float and math.isfinite(bias) for bias in value.values())
     )
-    return None if fine else "must map token ids (integers >= 0) to finite numbers, or be None"
+    return None if fine else "must map token ids (integers >= 0, each once) to finite numbers, or be None"
 
 
-def _judge_output_kind(value: Any) -> str | None:
+def _judge_output_kind(value: object) -> str | None:
     kinds = ", ".join(RequestOutputKind.__members__)
     return None if isinstance(value, RequestOutputKind) else f"must be a RequestOutputKind or one of {kinds}"
 
@@ -146,10 +161,6 @@ def _greedy_is_single(params: SamplingParams) -> str | None:
     if type(params) is not SamplingParams or params.temperature > 0 or params.best_of == 1:
         return None
     return f"temperature: {params.temperature}: greedy decoding gives {params.best_of} equal answers; use > 0 or n=1"
-
-
-_TOKEN_IDS = "must be a list of token ids (integers >= 0)"
-_LOGPROBS = "must be an integer >= 0, -1 for the whole vocabulary, or None"
 
 
 @attrs.frozen(slots=True, kw_only=True, repr=False)
@@ -192,13 +203,15 @@ class SamplingParams(Checked):
     )
     """Fixes the request's random choices; None or -1 draws from the engine's seed."""
     stop: tuple[str, ...] = attrs.field(
-        default=(), converter=_as_texts, metadata=each(is_text, "must be non-empty text or a list of it")
+        default=(), converter=_as_texts, metadata=every(are_texts, "must be non-empty text or a list of it")
     )
     """Strings that end the answer."""
-    stop_token_ids: tuple[int, ...] = attrs.field(default=(), converter=_as_ids, metadata=each(is_token_id, _TOKEN_IDS))
+    stop_token_ids: tuple[int, ...] = attrs.field(
+        default=(), converter=_as_ids, metadata=every(are_token_ids, "must be a list of token ids (integers >= 0)")
+    )
     """Tokens that end the answer."""
     bad_words: tuple[str, ...] = attrs.field(
-        default=(), converter=_as_texts, metadata=each(is_text, "must be a list of non-empty text")
+        default=(), converter=_as_texts, metadata=every(are_texts, "must be a list of non-empty text")
     )
     """Words that are never generated."""
     ignore_eos: bool = attrs.field(default=False, metadata=boolean())
@@ -230,7 +243,7 @@ class SamplingParams(Checked):
     allowed_token_ids: tuple[int, ...] | None = attrs.field(
         default=None,
         converter=_as_optional_ids,
-        metadata=each(is_token_id, "must be a non-empty list of token ids, or None", optional=True, empty=False),
+        metadata=every(_is_choice, "must be a non-empty list of token ids, or None", optional=True),
     )
     """Only these tokens may be generated."""
     resolved_eos: tuple[int, ...] = attrs.field(default=(), repr=False, eq=False)
@@ -275,17 +288,16 @@ class SamplingParams(Checked):
         problems: list[str] = []
         if self.best_of > max_sequences:
             name = "n" if self._best_of is None else "best_of"
-            problems.append(
-                f"{name}: {self.best_of}: must be <= {max_sequences}, the engine's max_sequences_per_request"
-            )
+            problems.append(f"{name}: {self.best_of}: must be <= {max_sequences} (max_sequences_per_request)")
         cap = vocab_size if max_logprobs == -1 else min(max_logprobs, vocab_size)
         for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             if count is not None and (vocab_size if count == -1 else count) > cap:
-                problems.append(f"{name}: {count}: must be <= {cap}; raise the engine's max_logprobs to allow more")
-        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-            ids = getattr(self, name)
-            if ids and max(ids) >= vocab_size:
-                problems.append(f"{name}: {max(ids)}: outside the vocabulary; token ids end at {vocab_size - 1}")
+                problems.append(f"{name}: {count}: must be from 0 to {cap}; the engine's max_logprobs sets the cap")
+        if self.stop_token_ids or self.allowed_token_ids or self.logit_bias:
+            for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+                largest = max(getattr(self, name) or (0,))
+                if largest >= vocab_size:
+                    problems.append(f"{name}: {largest}: outside the vocabulary; token ids end at {vocab_size - 1}")
         return problems
 
 
@@ -293,6 +305,8 @@ def validate_batch(
     params: Sequence[SamplingParams], *, vocab_size: int, max_logprobs: int = 20, max_sequences: int = 256
 ) -> None:
     """``validate_for`` over a batch, in which an object that occurs many times is checked once.
+
+    Objects that are equal but not the same are checked each, because comparing them costs more than the check.
 
     Raises:
         ParamsError: one line for every problem, with the index of the first request that has it.

@@ -11,17 +11,24 @@ import math
 import numbers
 import re
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
-from operator import attrgetter
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping
+from functools import cache
+from itertools import compress
+from operator import attrgetter, is_not
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 
 import attrs
 
-from folo_core.errors import ConfigError, ParamsError
+from folo_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
 
 Rule = Callable[[Any], str | None]
 """Returns None when the value is fine, else the mend (``must be an integer >= 1``)."""
+
+Data: TypeAlias = Any
+"""A value whose type is not known yet: plain JSON-like data, or what a converter has made of it."""
 
 K = TypeVar("K")
 V_co = TypeVar("V_co", covariant=True)
@@ -32,7 +39,7 @@ _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 80
 
 
-class FrozenMap(Mapping[K, V_co], Generic[K, V_co]):
+class FrozenMap(Mapping[K, V_co]):
     """An immutable mapping with private storage, equal to any mapping with the same items."""
 
     __slots__ = ("_items",)
@@ -85,7 +92,8 @@ class Checked:
     """Base of attrs classes that report all problems of their fields in one error, at construction."""
 
     __slots__ = ()
-    ERROR: ClassVar[type[ConfigError] | type[ParamsError]] = ConfigError
+    ERROR: ClassVar[type[Exception]] = ConfigError
+    """What is raised with the list of problems."""
     RELATIONS: ClassVar[tuple[Relation, ...]] = ()
 
     def __attrs_post_init__(self) -> None:
@@ -99,6 +107,12 @@ class Checked:
         if problems:
             raise self.ERROR(problems)
 
+    def __repr__(self) -> str:
+        plan = _plan(type(self))
+        given = zip(plan.names, plan.values(self), plan.defaults, strict=False)
+        fields = ", ".join(f"{name}={value!r}" for name, value, usual in given if value != usual)
+        return f"{type(self).__name__}({fields})"
+
     def check(self) -> list[str]:
         """Every problem of this object, one line each; a subclass extends ``super().check()``."""
         return problems_of(self)
@@ -109,32 +123,36 @@ class _Plan(NamedTuple):
     names: tuple[str, ...]
     defaults: tuple[Any, ...]
     rules: tuple[Rule | None, ...]
+    relations: tuple[Relation, ...]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _plan(cls: type) -> _Plan:
     """What ``problems_of`` needs to know about a class, worked out once."""
     fields = [field for field in attrs.fields(cls) if field.init]
-    # A lone attrgetter returns no tuple, so the class itself is read as well and dropped by zip.
-    getter = attrgetter(*[field.name for field in fields], "__class__")
+    # A lone attrgetter returns no tuple, so the class is read as well, and dropped by zip.
+    getter = attrgetter(*[field.name for field in fields], "__class__", "__class__")
     names = tuple(field.alias or field.name for field in fields)
-    return _Plan(getter, names, tuple(f.default for f in fields), tuple(f.metadata.get(_RULE) for f in fields))
+    usual = [field.default for field in fields]
+    # A factory's product equals a default field's value but is another object: the value is judged, and repr omits it.
+    defaults = tuple(d.factory() if isinstance(d, attrs.Factory) and not d.takes_self else d for d in usual)  # type: ignore[arg-type]
+    return _Plan(getter, names, defaults, tuple(map(rule_of, fields)), getattr(cls, "RELATIONS", ()))
 
 
 def problems_of(instance: object) -> list[str]:
     """Every problem of an attrs object's fields and relations, one line each (``path: value: mend``)."""
     plan = _plan(type(instance))
+    values = plan.values(instance)
     problems: list[str] = []
     bad: set[str] = set()
-    for name, value, default, rule in zip(plan.names, plan.values(instance), plan.defaults, plan.rules, strict=False):
-        if value is default:
-            continue
-        found = _judge(name, value, rule)
-        if found:
+    # Most fields keep their defaults, which are fine: they are passed over without a Python-level step.
+    given = compress(zip(plan.names, values, plan.rules, strict=False), map(is_not, values, plan.defaults))
+    for name, value, rule in given:
+        if found := _judge(name, value, rule):
             bad.add(name)
             problems += found
-    for relation in getattr(type(instance), "RELATIONS", ()):
-        if bad.isdisjoint(relation.fields) and (line := relation.judge(instance)) is not None:
+    for fields, judge in plan.relations:
+        if bad.isdisjoint(fields) and (line := judge(instance)) is not None:
             problems.append(line)
     return problems
 
@@ -170,9 +188,9 @@ def show(value: object) -> str:
 
 def integer(*, low: int | None = None, high: int | None = None, optional: bool = False) -> dict[str, Rule]:
     """Metadata for an integer within inclusive bounds; a bool is no integer."""
-    mend = f"must be an integer{_span(low, high)}{_or_none(optional)}"
+    mend = f"must be an integer{_span(low, high)}{_OR_NONE[optional]}"
 
-    def judge(value: Any) -> str | None:
+    def judge(value: object) -> str | None:
         if value is None:
             return None if optional else mend
         if type(value) is not int or (low is not None and value < low) or (high is not None and value > high):
@@ -186,7 +204,7 @@ def number(*, low: float | None = None, high: float | None = None, above: float 
     """Metadata for a finite float within inclusive bounds, or greater than ``above``."""
     mend = f"must be a finite number{_span(low, high, above)}"
 
-    def judge(value: Any) -> str | None:
+    def judge(value: object) -> str | None:
         if type(value) is not float or not math.isfinite(value):
             return mend
         if (low is not None and value < low) or (high is not None and value > high):
@@ -203,10 +221,10 @@ def boolean() -> dict[str, Rule]:
 
 def text(*, optional: bool = False, pattern: str = "", mend: str = "") -> dict[str, Rule]:
     """Metadata for non-empty text that UTF-8 can encode, optionally matching a whole ``pattern``."""
-    mend = f"{mend or 'must be non-empty text'}{_or_none(optional)}"
+    mend = f"{mend or 'must be non-empty text'}{_OR_NONE[optional]}"
     matches = re.compile(pattern).fullmatch if pattern else None
 
-    def judge(value: Any) -> str | None:
+    def judge(value: object) -> str | None:
         if value is None and optional:
             return None
         return mend if not is_text(value) or "\0" in value or (matches and not matches(value)) else None
@@ -220,13 +238,13 @@ def one_of(*choices: str) -> dict[str, Rule]:
     return {_RULE: lambda value: None if isinstance(value, str) and value in choices else mend}
 
 
-def each(item: Callable[[Any], bool], mend: str, *, optional: bool = False, empty: bool = True) -> dict[str, Rule]:
-    """Metadata for a tuple whose every item passes ``item``."""
+def every(fine: Callable[[tuple[Any, ...]], bool], mend: str, *, optional: bool = False) -> dict[str, Rule]:
+    """Metadata for a tuple whose items are ``fine``."""
 
-    def judge(value: Any) -> str | None:
+    def judge(value: object) -> str | None:
         if value is None and optional:
             return None
-        return mend if type(value) is not tuple or not (value or empty) or not all(map(item, value)) else None
+        return None if type(value) is tuple and fine(value) else mend
 
     return {_RULE: judge}
 
@@ -244,11 +262,15 @@ def _span(low: float | None, high: float | None, above: float | None = None) -> 
     return f" >= {low}" if low is not None else f" <= {high}" if high is not None else ""
 
 
-def _or_none(optional: bool) -> str:
-    return " or None" if optional else ""
+_OR_NONE = {False: "", True: " or None"}
 
 
 # --- converters and predicates ---------------------------------------------------------------------------------------
+
+
+def are_texts(values: Collection[object]) -> bool:
+    """Whether every value ``is_text``."""
+    return all(map(is_text, values))
 
 
 def is_text(value: object) -> bool:
@@ -262,9 +284,9 @@ def is_text(value: object) -> bool:
     return True
 
 
-def is_token_id(value: object) -> bool:
-    """Whether the value is an integer that could be a token id."""
-    return type(value) is int and 0 <= value <= INT64_MAX
+def are_token_ids(values: Collection[object]) -> bool:
+    """Whether every value is an integer that could be a token id. No Python-level step for each: lists may be long."""
+    return set(map(type, values)) <= {int} and min(values, default=0) >= 0 and max(values, default=0) <= INT64_MAX  # type: ignore[type-var,operator]
 
 
 def as_int(value: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -12,6 +12,7 @@ from folo_core.validation import (
     Checked,
     Relation,
     as_float,
+    as_int,
     as_optional_int,
     boolean,
     custom,
@@ -19,33 +20,37 @@ from folo_core.validation import (
     number,
 )
 
+if TYPE_CHECKING:
+    from folo_core.validation import (
+        Data,
+    )
+
+MAX_BLOCK_SIZE = 256
 _UNITS = {"": 1} | {f"{p}b": 1000**i for i, p in enumerate(("", "k", "m", "g", "t"))}
 _UNITS |= {f"{p}ib": 1024**i for i, p in enumerate("kmgt", start=1)}
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*([a-z]*)", re.ASCII)
 _SIZE_MEND = "must be a size: a whole number of bytes, or text such as '2GiB' or '512 MiB'"
 
 
-def as_bytes(value: int | str) -> int:
+def as_bytes(value: int | str) -> Data:
     """Bytes of a size such as ``2GiB``, ``1.5 GB`` or ``4096``; anything else unchanged."""
     if not isinstance(value, str):
-        return as_optional_int(value)  # type: ignore[return-value]
+        return as_int(value)
     match = _SIZE.fullmatch(value.strip().lower())
     if match is None or match[2] not in _UNITS:
-        return value  # type: ignore[return-value]
+        return value
     whole, _, fraction = match[1].partition(".")
     # Integer arithmetic: a float would round sizes beyond 2**53.
-    scaled = int(whole + fraction) * _UNITS[match[2]]
-    count, rest = divmod(scaled, 10 ** len(fraction))
-    return count if not rest else round(scaled / 10 ** len(fraction))
+    return int(whole + fraction) * _UNITS[match[2]] // 10 ** len(fraction)
 
 
-def as_optional_bytes(value: int | str | None) -> int | None:
+def as_optional_bytes(value: int | str | None) -> Data:
     """Like ``as_bytes``, with None for None."""
     return None if value is None else as_bytes(value)
 
 
 def _size(*, low: int, optional: bool = False) -> dict[str, Any]:
-    def judge(value: Any) -> str | None:
+    def judge(value: object) -> str | None:
         if value is None and optional:
             return None
         return None if type(value) is int and low <= value <= INT64_MAX else f"{_SIZE_MEND}, at least {low}"
@@ -53,9 +58,9 @@ def _size(*, low: int, optional: bool = False) -> dict[str, Any]:
     return custom(judge)
 
 
-def _judge_block_size(value: Any) -> str | None:
-    fine = type(value) is int and 1 <= value <= 256 and value & (value - 1) == 0
-    return None if fine else "must be a power of two from 1 to 256"
+def _judge_block_size(value: object) -> str | None:
+    fine = type(value) is int and 1 <= value <= MAX_BLOCK_SIZE and value & (value - 1) == 0
+    return None if fine else f"must be a power of two from 1 to {MAX_BLOCK_SIZE}"
 
 
 def _one_budget(cache: CacheConfig) -> str | None:
@@ -76,7 +81,7 @@ def _prefix_cache_fits(cache: CacheConfig) -> str | None:
     return f"prefix_cache_size: {cache.prefix_cache_size}: must be <= num_blocks ({cache.num_blocks})"
 
 
-@attrs.frozen(slots=True, kw_only=True)
+@attrs.frozen(slots=True, kw_only=True, repr=False)
 class CacheConfig(Checked):
     """The paged key-value cache."""
 
@@ -86,7 +91,7 @@ class CacheConfig(Checked):
         Relation(("prefix_cache_size", "num_blocks"), _prefix_cache_fits),
     )
 
-    block_size: int = attrs.field(default=16, converter=as_optional_int, metadata=custom(_judge_block_size))
+    block_size: int = attrs.field(default=16, converter=as_int, metadata=custom(_judge_block_size))
     """Tokens per block; a power of two."""
     gpu_memory_utilization: float = attrs.field(default=0.9, converter=as_float, metadata=number(above=0, high=1))
     """Share of the device's memory for weights, activations and cache together."""

@@ -7,15 +7,19 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import attrs
 
-from folo_core.config.engine import SECTIONS, EngineConfig, tables_of_options
-from folo_core.config.migrations import Migration, migrate
-from folo_core.config.sections import fields_of, parse_text, structure, unstructure
+from folo_core.config.engine import SECTIONS, EngineConfig, build, tables_of_options, typed_sections
+from folo_core.config.migrations import migrate
+from folo_core.config.sections import fields_of, parse_text, unstructure
 from folo_core.errors import ConfigError
 from folo_core.validation import FrozenMap, show
+
+if TYPE_CHECKING:
+    from folo_core.config.migrations import Migration
+    from folo_core.validation import Data
 
 ENV_PREFIX = "FOLO_"
 MAX_FILE_BYTES = 1 << 20
@@ -48,14 +52,12 @@ def load(
         tables = _merge(tables, tables_of_env(env, sections or {}))
     if options is not None:
         flat, problems = tables_of_options(options)
-        tables = _merge(tables, {name: table for name, table in flat.items() if table != {}})
-    try:
-        config = structure(EngineConfig, tables)
-    except ConfigError as error:
-        raise ConfigError(problems + error.problems) from None
-    if problems:
-        raise ConfigError(problems)
-    return config if sections is None else config.with_sections(sections, migrations)
+        tables = _merge(tables, flat)
+    plugins = tables.get("plugins", {})
+    if sections is not None and isinstance(plugins, Mapping):
+        tables["plugins"], found = typed_sections(plugins, sections, migrations or {})
+        problems += found
+    return build(tables, problems)
 
 
 def dumps_json(config: EngineConfig) -> str:
@@ -69,7 +71,7 @@ def dumps_toml(config: EngineConfig) -> str:
     Raises:
         ConfigError: a None that leaving out would not bring back (TOML has no null).
     """
-    import tomli_w  # noqa: PLC0415 (needed only to write)
+    import tomli_w
 
     problems: list[str] = []
     tables = _without_none(_tables(config), config, "", problems)
@@ -97,7 +99,7 @@ def tables_of_env(env: Mapping[str, str], sections: Mapping[str, type]) -> dict[
     have variables of their own. An empty variable counts as unset.
     """
     tables: dict[str, Any] = {}
-    top = fields_of(EngineConfig)
+    top = fields_of(EngineConfig).keys() - (SECTIONS.keys() - {"model"})
     # Shorter names first: FOLO_EXTRA_CONFIG as a whole, then FOLO_EXTRA_CONFIG__KEY within it.
     for variable in sorted(env, key=lambda name: (name.count("__"), name)):
         path = variable.removeprefix(ENV_PREFIX).lower().split("__")
@@ -114,9 +116,9 @@ def tables_of_env(env: Mapping[str, str], sections: Mapping[str, type]) -> dict[
 
 def _resolve(path: list[str], sections: Mapping[str, type]) -> tuple[list[str], Any]:
     """The path with a plugin section's real name (a variable cannot hold ``-`` or ``.``), and its field's type."""
-    cls: Any = EngineConfig
-    if path[0] in SECTIONS and len(path) == 1:
-        return ([*path, "model"], str) if path[0] == "model" else (path, dict)
+    cls: type | None = EngineConfig
+    if path == ["model"]:
+        return ["model", "model"], str
     if path[0] == "plugins" and len(path) > 1:
         names = {re.sub(r"[-.]", "_", name).lower(): name for name in sections}
         path = ["plugins", names.get(path[1], path[1]), *path[2:]]
@@ -150,7 +152,7 @@ def _read(source: str | Path | Mapping[str, Any] | None) -> Mapping[str, Any]:
     return tables
 
 
-def _parse(path: Path, text: str) -> Any:
+def _parse(path: Path, text: str) -> Data:
     if path.suffix.lower() == ".toml":
         return tomllib.loads(text)
     if path.suffix.lower() == ".json":
@@ -167,7 +169,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _no_constant(name: str) -> Any:
+def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
 
 
@@ -176,7 +178,7 @@ def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(low)
     for name, value in high.items():
         old = merged.get(name)
-        if name == "model" and isinstance(old, str):
+        if name == "model" and isinstance(old, str) and isinstance(value, Mapping):
             old = {"model": old}
         merged[name] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return merged
@@ -191,7 +193,7 @@ def _tables(config: EngineConfig) -> dict[str, Any]:
     return tables
 
 
-def _without_none(value: Any, source: Any, path: str, problems: list[str]) -> Any:
+def _without_none(value: Data, source: Data, path: str, problems: list[str]) -> Data:
     """``value`` without the None of fields whose default is None; any other None is a problem."""
     if isinstance(value, dict):
         fields = fields_of(type(source)) if attrs.has(type(source)) else {}
@@ -209,5 +211,5 @@ def _without_none(value: Any, source: Any, path: str, problems: list[str]) -> An
     return value
 
 
-def _item(source: Any, name: str) -> Any:
+def _item(source: Data, name: str) -> Data:
     return source.get(name) if isinstance(source, FrozenMap) else None

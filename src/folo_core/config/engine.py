@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from folo_core.config.cache import CacheConfig
-from folo_core.config.migrations import CURRENT_VERSION, Migration, lift
+from folo_core.config.migrations import CURRENT_VERSION, lift
 from folo_core.config.model import ModelConfig
 from folo_core.config.parallel import ParallelConfig
 from folo_core.config.scheduler import SchedulerConfig, whole_prompt_fits
-from folo_core.config.sections import as_section, fields_of, freeze, structure, suggest, unstructure
+from folo_core.config.sections import HINTS, MAX_DEPTH, as_section, fields_of, freeze, structure, suggest, unstructure
 from folo_core.errors import ConfigError
 from folo_core.validation import (
     Checked,
     FrozenMap,
     Rejected,
     Relation,
+    are_texts,
     as_float,
     as_int,
     boolean,
     custom,
-    each,
+    every,
     integer,
-    is_text,
     show,
     under,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from folo_core.config.migrations import Migration
+    from folo_core.validation import (
+        Data,
+    )
 
 SECTIONS: dict[str, type[Any]] = {
     "model": ModelConfig,
@@ -56,7 +64,7 @@ def _parallel(value: ParallelConfig | Mapping[str, Any]) -> ParallelConfig:
 
 
 def _names(value: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value  # type: ignore[return-value]
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
 def _is(cls: type) -> dict[str, Callable[[Any], str | None]]:
@@ -64,32 +72,35 @@ def _is(cls: type) -> dict[str, Callable[[Any], str | None]]:
     return custom(lambda value: None if isinstance(value, cls) else mend)
 
 
-def _judge_timeout(value: Any) -> str | None:
+def _judge_timeout(value: object) -> str | None:
     fine = value is None or (type(value) is float and 0 < value < math.inf)
     return None if fine else "must be a number of seconds > 0, or None"
 
 
-def _judge_plugins(value: Any) -> str | None:
-    fine = isinstance(value, FrozenMap) and all(
-        is_text(name) and (attrs.has(type(section)) or (isinstance(section, FrozenMap) and _is_plain(section)))
-        for name, section in value.items()
-    )
-    return None if fine else "must map plugin section names to tables"
+def _judge_plugins(value: object) -> str | None:
+    fine = isinstance(value, FrozenMap) and are_texts(value) and all(map(_is_section, value.values()))
+    return None if fine else f"must map plugin section names to tables of {_PLAIN}"
 
 
-def _judge_extra(value: Any) -> str | None:
-    fine = isinstance(value, FrozenMap) and _is_plain(value)
-    return None if fine else "must be a table of JSON values (text keys; text, finite numbers, booleans, lists, tables)"
+def _is_section(value: object) -> bool:
+    return attrs.has(type(value)) or (isinstance(value, FrozenMap) and _is_plain(value))
 
 
-def _is_plain(value: Any) -> bool:
+def _judge_extra(value: object) -> str | None:
+    return None if isinstance(value, FrozenMap) and _is_plain(value) else f"must be a table of {_PLAIN}"
+
+
+_PLAIN = f"JSON values (text keys; text, finite numbers, true, false, lists and tables up to {MAX_DEPTH} deep)"
+
+
+def _is_plain(value: object) -> bool:
     """Whether frozen data survives a round trip through JSON."""
     if isinstance(value, FrozenMap):
-        return all((key == "" or is_text(key)) and _is_plain(item) for key, item in value.items())
+        return all(_is_plain(key) and type(key) is str and _is_plain(item) for key, item in value.items())
     if isinstance(value, tuple):
         return all(map(_is_plain, value))
     if type(value) is str:
-        return value == "" or is_text(value)
+        return value == "" or are_texts([value])
     return value is None or type(value) in {bool, int} or (type(value) is float and math.isfinite(value))
 
 
@@ -107,7 +118,7 @@ def _prompt_fits(config: EngineConfig) -> str | None:
     return None if line is None else under("scheduler", line)
 
 
-@attrs.frozen(slots=True, kw_only=True)
+@attrs.frozen(slots=True, kw_only=True, repr=False)
 class EngineConfig(Checked):
     """Everything an engine is built from. Sections may be given as mappings, and the model as its name alone.
 
@@ -141,7 +152,7 @@ class EngineConfig(Checked):
     strict_plugins: bool = attrs.field(default=False, metadata=boolean())
     """Refuse to start when any installed plugin is broken or clashes."""
     blocked_plugins: tuple[str, ...] = attrs.field(
-        default=(), converter=_names, metadata=each(is_text, "must be a list of plugin names")
+        default=(), converter=_names, metadata=every(are_texts, "must be a list of plugin names")
     )
     """Plugins to leave out."""
     config_version: int = attrs.field(
@@ -189,23 +200,13 @@ class EngineConfig(Checked):
         Raises:
             ConfigError: one line for every bad field and for every section that no plugin claims.
         """
-        problems = [
-            f"plugins.{name}: {show(table)}: {suggest(name, sections)}; is the plugin installed?"
-            for name, table in self.plugins.items()
-            if name not in sections
-        ]
-        typed: dict[str, Any] = {}
-        for name, cls in sections.items():
-            try:
-                typed[name] = _typed(name, cls, self.plugins.get(name, {}), migrations or {})
-            except ConfigError as error:
-                problems += [under(f"plugins.{name}", line) for line in error.problems]
+        typed, problems = typed_sections(self.plugins, sections, migrations or {})
         if problems:
             raise ConfigError(problems)
         return attrs.evolve(self, plugins=typed)
 
     @classmethod
-    def from_options(cls, **options: Any) -> EngineConfig:  # noqa: ANN401 (each option's section judges its type)
+    def from_options(cls, **options: Data) -> EngineConfig:
         """Build a config from flat keywords with vLLM's names, each routed to its section.
 
         A whole section (``cache=...``) may be given beside flat keywords, which win. A plain number for
@@ -214,26 +215,41 @@ class EngineConfig(Checked):
         Raises:
             ConfigError: one line for every bad or unknown keyword.
         """
-        tables, problems = tables_of_options(options)
+        return build(*tables_of_options(options))
+
+
+def build(tables: Mapping[str, Any], problems: list[str]) -> EngineConfig:
+    """The config of nested tables, unless there are problems: those found before are reported with its own."""
+    config = as_section(EngineConfig, tables)
+    problems = problems + (config.problems if isinstance(config, Rejected) else [])
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def typed_sections(
+    given: Mapping[str, Any], sections: Mapping[str, type], migrations: Mapping[tuple[str, int], Migration]
+) -> tuple[dict[str, Any], list[str]]:
+    """Every plugin section as an object of its class, and the problems of those that cannot be."""
+    problems = [
+        f"plugins.{name}: {show(table)}: {suggest(name, sections)}; is the plugin installed?"
+        for name, table in given.items()
+        if name not in sections
+    ]
+    typed: dict[str, Any] = {}
+    for name, cls in sections.items():
         try:
-            config = structure(cls, tables)
+            typed[name] = _typed(name, cls, given.get(name, {}), migrations)
         except ConfigError as error:
-            raise ConfigError(problems + error.problems) from None
-        if problems:
-            raise ConfigError(problems)
-        return config
+            problems += [under(f"plugins.{name}", line.removeprefix(cls.__name__)) for line in error.problems]
+    return typed, problems
 
 
-def _typed(name: str, cls: type, value: Any, migrations: Mapping[tuple[str, int], Migration]) -> Any:
-    if isinstance(value, cls):
-        return value
+def _typed(name: str, cls: type, value: Data, migrations: Mapping[tuple[str, int], Migration]) -> Data:
+    if not isinstance(value, Mapping):
+        return structure(cls, value)
     current: int = getattr(cls, "CONFIG_VERSION", 1)
-    table = lift(unstructure(value), current, lambda old: migrations.get((name, old)), owner=f"plugin section {name}")
-    try:
-        return structure(cls, table)
-    except ConfigError as error:
-        # A line about the table as a whole begins with the class's name; the path already says it.
-        raise ConfigError([line.removeprefix(f"{cls.__name__}") for line in error.problems]) from None
+    return structure(cls, lift(value, current, lambda old: migrations.get((name, old)), owner=f"plugin section {name}"))
 
 
 ALIASES = {
@@ -275,17 +291,24 @@ def tables_of_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[
             tables[name] = value
         elif isinstance(tables[path[0]], dict):
             tables[path[0]][path[1]] = _gibibytes(value) if name == "swap_space" else value
+            if path[1] != name and path[1] in options:
+                problems.append(f"{name}: {show(value)}: means {path[1]}, which is given too; keep one of them")
     return tables, problems
 
 
-def _is_model_name(name: str, given: Any) -> bool:
+def _is_model_name(name: str, given: object) -> bool:
     return name == "model" and not isinstance(given, (Mapping, ModelConfig))
 
 
-def _gibibytes(value: Any) -> Any:
-    """vLLM counts ``swap_space`` in GiB; a number too large for that was meant in bytes, and is refused."""
+def _gibibytes(value: Data) -> Data:
+    """A plain ``swap_space`` counts GiB, as vLLM's does; one too large for that was meant in bytes, and is refused."""
     if type(value) not in {int, float} or not 0 <= value < math.inf:
         return value
     if value > _MOST_GIB:
         return Rejected([f": {value}: a plain number counts GiB here, as in vLLM; write a size such as '512MiB'"])
     return round(value * 2**30)
+
+
+HINTS |= {
+    name: f"unknown here; it is a field of [{path[0]}]" for name, path in option_routes().items() if len(path) > 1
+}

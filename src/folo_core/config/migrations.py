@@ -47,19 +47,11 @@ def lift(tables: Mapping[str, Any], current: int, step: Callable[[int], Migratio
 
 def _from_1(tables: Mapping[str, Any]) -> Tables:
     """Version 1 had ``gpu_memory_fraction`` outside any table; it is ``cache.gpu_memory_utilization`` now."""
-    lifted = dict(tables)
-    if "gpu_memory_fraction" not in lifted:
-        return lifted
-    share = lifted.pop("gpu_memory_fraction")
-    cache = lifted.get("cache", {})
-    if not isinstance(cache, Mapping):
-        return lifted  # structuring the tables will say what is wrong with it
-    if "gpu_memory_utilization" in cache:
-        raise ConfigError(
-            f"gpu_memory_fraction: {show(share)}: the old name of cache.gpu_memory_utilization; give only one of them"
-        )
-    lifted["cache"] = {**cache, "gpu_memory_utilization": share}
-    return lifted
+    cache = tables.get("cache", {})
+    if "gpu_memory_fraction" not in tables or not isinstance(cache, Mapping) or "gpu_memory_utilization" in cache:
+        return dict(tables)  # nothing to do, or what is left will be reported with every other problem
+    lifted = {name: value for name, value in tables.items() if name != "gpu_memory_fraction"}
+    return lifted | {"cache": {**cache, "gpu_memory_utilization": tables["gpu_memory_fraction"]}}
 
 
 MIGRATIONS: dict[int, Migration] = {1: _from_1}

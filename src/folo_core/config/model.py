@@ -11,27 +11,30 @@ from folo_core.validation import INT64_MAX, Checked, as_int, as_optional_int, bo
 if TYPE_CHECKING:
     import torch
 
+    from folo_core.validation import Data
+
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 _ALIASES = {"float": "float32", "fp32": "float32", "half": "float16", "fp16": "float16", "bf16": "bfloat16"}
 _PART = r"[A-Za-z0-9][\w.:-]*"
 
 
-def as_dtype(value: str | torch.dtype) -> str:
+def as_dtype(value: str | torch.dtype) -> Data:
     """Canonical name of a dtype given as a name, an alias (``half``, ``bf16``) or a torch.dtype, without torch."""
-    kind = type(value)
-    if (kind.__module__, kind.__name__) == ("torch", "dtype"):
-        return str(value).removeprefix("torch.")
-    return _ALIASES.get(value, value) if isinstance(value, str) else value  # type: ignore[return-value]
+    is_torch = (type(value).__module__, type(value).__name__) == ("torch", "dtype")
+    if not is_torch and not isinstance(value, str):
+        return value
+    name = str(value).lower().removeprefix("torch.")
+    name = _ALIASES.get(name, name)
+    return name if name in DTYPES else value
 
 
-def as_device(value: str | torch.device) -> str:
+def as_device(value: str | torch.device) -> Data:
     """Name of a device given as a name or a torch.device, without torch."""
-    kind = type(value)
-    is_torch = (kind.__module__, kind.__name__) == ("torch", "device")
-    return str(value) if is_torch else value  # type: ignore[return-value]
+    is_torch = (type(value).__module__, type(value).__name__) == ("torch", "device")
+    return str(value) if is_torch or isinstance(value, str) else value
 
 
-@attrs.frozen(slots=True, kw_only=True)
+@attrs.frozen(slots=True, kw_only=True, repr=False)
 class ModelConfig(Checked):
     """The model, its tokenizer and the numbers it runs in."""
 

@@ -7,7 +7,7 @@ import attrs
 from folo_core.validation import Checked, as_int, integer, text
 
 
-@attrs.frozen(slots=True, kw_only=True)
+@attrs.frozen(slots=True, kw_only=True, repr=False)
 class ParallelConfig(Checked):
     """Tensor, pipeline and data parallel sizes. Whether they can be served is the executor's to say."""
 

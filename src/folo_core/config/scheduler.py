@@ -33,7 +33,7 @@ def _threshold_has_chunks(scheduler: SchedulerConfig) -> str | None:
     return f"{line}: has no effect; set enable_chunked_prefill = true"
 
 
-@attrs.frozen(slots=True, kw_only=True)
+@attrs.frozen(slots=True, kw_only=True, repr=False)
 class SchedulerConfig(Checked):
     """The scheduling policy and its budgets."""
 

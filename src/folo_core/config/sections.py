@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from enum import Enum
 from functools import cache
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args, get_origin
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
 import attrs
 
@@ -17,15 +17,20 @@ from folo_core.errors import ConfigError, ParamsError
 from folo_core.validation import Checked, FrozenMap, Rejected, rule_of, show, under
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from cattrs import Converter
 
+    from folo_core.validation import Data
+
 T = TypeVar("T")
 
-HINTS = {
+MAX_DEPTH = 32
+"""Deepest nesting of untyped data."""
+
+HINTS: dict[object, str] = {
     "trust_remote_code": "Folo never runs code from a model's folder; use an architecture that transformers has",
-    "gpu_memory_fraction": "is a name of version 1; use cache.gpu_memory_utilization, or say config_version = 1",
+    "gpu_memory_fraction": "the version 1 name of cache.gpu_memory_utilization; give that one alone",
 }
 """Mends for names that are not fields but that people try."""
 
@@ -52,12 +57,12 @@ def structure(cls: type[T], value: object) -> T:
         raise type(error)([under(cls.__name__, x) if x.startswith(":") else x for x in error.problems]) from None
 
 
-def unstructure(value: object) -> Any:
+def unstructure(value: object) -> Data:
     """Plain dicts, lists and scalars of a config, a section or SamplingParams."""
     return _converter().unstructure(value)
 
 
-def parse_text(value: str, kind: Any) -> Any:
+def parse_text(value: str, kind: Data) -> Data:
     """What an environment variable's text means for a field of this type; the text itself if it means nothing."""
     with contextlib.suppress(Exception):  # whatever goes wrong, the field's own rule judges the text
         return _text_converter().structure(value, kind)
@@ -67,37 +72,40 @@ def parse_text(value: str, kind: Any) -> Any:
 def suggest(name: object, known: Iterable[str]) -> str:
     """A mend for an unknown name: the closest known one, or all of them."""
     if name in HINTS:
-        return HINTS[cast("str", name)]
+        return HINTS[name]
     names = sorted(known)
     close = difflib.get_close_matches(str(name), names, n=1)
-    return f"unknown; did you mean {close[0]!r}?" if close else f"unknown; known: {', '.join(names) or 'none'}"
+    return f"unknown; did you mean {close[0]!r}?" if close else f"unknown; known are {', '.join(names) or 'none'}"
 
 
-def freeze(value: Any) -> Any:
-    """An immutable copy of JSON-like data: FrozenMap for mappings, tuples for lists."""
-    if isinstance(value, Mapping):
-        return FrozenMap({key: freeze(item) for key, item in value.items()})
-    return tuple(map(freeze, value)) if isinstance(value, (list, tuple)) else value
+def freeze(value: Data, depth: int = MAX_DEPTH) -> Data:
+    """An immutable copy of JSON-like data: FrozenMap for mappings, tuples for lists; what lies deeper stays."""
+    if isinstance(value, Mapping) and depth:
+        return FrozenMap({key: freeze(item, depth - 1) for key, item in value.items()})
+    return tuple(freeze(item, depth - 1) for item in value) if isinstance(value, (list, tuple)) and depth else value
 
 
 def fields_of(cls: type) -> dict[str, attrs.Attribute[Any]]:
     """The fields that a mapping may give, by the name it uses, with their annotations resolved."""
-    with contextlib.suppress(NameError):  # a name imported for type checkers only: the field is taken as it comes
+    try:
         attrs.resolve_types(cls)
+    except NameError as error:
+        mend = "import what its annotations name at run time, not for type checkers alone"
+        raise ConfigError(f"{cls.__name__}: {error}: {mend}") from error
     return {field.alias or field.name: field for field in attrs.fields(cls) if field.init}
 
 
 @cache
 def _converter() -> Converter:
     """The cattrs converter for files. Importing cattrs costs 30 ms that ready-made configs never need."""
-    from cattrs import Converter  # noqa: PLC0415
+    from cattrs import Converter
 
     made = Converter()
     made.register_structure_hook_factory(attrs.has, lambda cls: lambda value, _: _structure_fields(made, cls, value))
     for kind, accepted in {int: (int,), float: (float, int), bool: (bool,), str: (str,)}.items():
         made.register_structure_hook(kind, _strict(kind, accepted))
     made.register_unstructure_hook_func(
-        lambda kind: attrs.has(kind),
+        attrs.has,
         lambda value: {k: made.unstructure(getattr(value, f.name)) for k, f in fields_of(type(value)).items()},
     )
     made.register_unstructure_hook(FrozenMap, lambda value: {key: made.unstructure(x) for key, x in value.items()})
@@ -108,8 +116,8 @@ def _converter() -> Converter:
     return made
 
 
-def _strict(kind: Any, accepted: tuple[type, ...]) -> Callable[[Any, Any], Any]:
-    def hook(value: Any, _: Any) -> Any:
+def _strict(kind: Data, accepted: tuple[type, ...]) -> Callable[[Any, Any], Any]:
+    def hook(value: Data, _: Data) -> Data:
         if type(value) not in accepted:
             raise TypeError(f"{show(value)} is no {kind.__name__}")
         return kind(value)
@@ -117,7 +125,7 @@ def _strict(kind: Any, accepted: tuple[type, ...]) -> Callable[[Any, Any], Any]:
     return hook
 
 
-def _structure_fields(made: Converter, cls: type, value: object) -> Any:
+def _structure_fields(made: Converter, cls: type, value: object) -> Data:
     """Every field by its type, then the object; all problems in one error."""
     error = getattr(cls, "ERROR", ConfigError)
     if isinstance(value, cls):
@@ -134,6 +142,7 @@ def _structure_fields(made: Converter, cls: type, value: object) -> Any:
     }
     if not issubclass(cls, Checked):
         problems += _judge_plain(fields, given)
+    built = None
     if not problems or issubclass(cls, Checked):
         built, found = _build(cls, given)
         problems += found
@@ -142,8 +151,8 @@ def _structure_fields(made: Converter, cls: type, value: object) -> Any:
     return built
 
 
-def _structure_one(made: Converter, field: attrs.Attribute[Any], value: Any) -> Any:
-    if rule_of(field) is not None or isinstance(field.type, str):
+def _structure_one(made: Converter, field: attrs.Attribute[Any], value: Data) -> Data:
+    if rule_of(field) is not None or field.type is None:
         return value
     try:
         return made.structure(value, field.type)
@@ -183,31 +192,35 @@ def _mend_of(field: attrs.Attribute[Any]) -> str:
     return (rule(attrs.NOTHING) if rule else None) or f"give {_type_name(field.type)}"
 
 
-def _type_name(kind: Any) -> str:
+def _type_name(kind: object) -> str:
     return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind).replace("typing.", "")
 
 
 @cache
 def _text_converter() -> Converter:
     """The cattrs converter for leaves given as text; a leaf that does not parse stays text."""
-    from cattrs import Converter  # noqa: PLC0415
+    from cattrs import Converter
 
     made = Converter()
     words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
     made.register_structure_hook(bool, lambda text, _: words.get(text.strip().lower(), text))
     made.register_structure_hook_func(
-        lambda kind: get_origin(kind) in {tuple, list}, lambda text, kind: _text_items(made, text, kind)
+        lambda kind: _origin(kind) is tuple, lambda text, kind: _text_items(made, text, kind)
     )
     made.register_structure_hook_func(_is_mapping, lambda text, _: json.loads(text))
     return made
 
 
-def _is_mapping(kind: Any) -> bool:
-    origin = get_origin(kind) or kind
-    return kind is Any or attrs.has(origin) or (isinstance(origin, type) and issubclass(origin, Mapping))
+def _is_mapping(kind: object) -> bool:
+    origin = _origin(kind)
+    return kind is Any or (isinstance(origin, type) and (attrs.has(origin) or issubclass(origin, Mapping)))
 
 
-def _text_items(made: Converter, text: str, kind: Any) -> Any:
+def _origin(kind: Data) -> object:
+    return getattr(kind, "__origin__", kind)
+
+
+def _text_items(made: Converter, text: str, kind: Data) -> Data:
     """``a,b`` or a JSON list."""
     if text.lstrip().startswith("["):
         return json.loads(text)
