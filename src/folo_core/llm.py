@@ -17,6 +17,8 @@ from folo_core.plugins.manager import load_registry
 from folo_core.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from folo_core.execution.loading import Tokenizer
     from folo_core.outputs import RequestOutput
     from folo_core.plugins.registry import Registry
@@ -95,17 +97,61 @@ class LLM:
             ParamsError: parameters do not fit the model; nothing has been generated.
         """
         batch = _as_batch(prompts)
-        params = _one_each(sampling_params or SamplingParams(), len(batch), "sampling_params")
-        priorities = _one_each(0 if priority is None else priority, len(batch), "priority")
-        ids = [f"llm-{next(self._request_ids)}" for _ in batch]
+        done: list[RequestOutput | None] = [None] * len(batch)
+        with _Progress(len(batch), enabled=use_tqdm and sys.stderr.isatty()) as progress:
+            for place, output in self.generate_as_finished(batch, sampling_params, priority=priority):
+                done[place] = output
+                progress.advance(output)
+        return [output for output in done if output is not None]
+
+    def generate_as_finished(
+        self,
+        prompts: Sequence[PromptLike],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: Sequence[int] | None = None,
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """Yield ``(place among the prompts, output)`` whenever a request ends. Leaving early aborts the rest.
+
+        Raises:
+            RequestError: as ``generate``.
+            ParamsError: as ``generate``.
+        """
+        params = _one_each(sampling_params or SamplingParams(), len(prompts), "sampling_params")
+        priorities = _one_each(0 if priority is None else priority, len(prompts), "priority")
+        final = {id(p): attrs.evolve(p, output_kind=RequestOutputKind.FINAL_ONLY) for p in params}
+        places: dict[str, int] = {}
         try:
-            final = {id(p): attrs.evolve(p, output_kind=RequestOutputKind.FINAL_ONLY) for p in params}
-            for request_id, prompt, param, rank in zip(ids, batch, params, priorities, strict=True):
+            for place, (prompt, param, rank) in enumerate(zip(prompts, params, priorities, strict=True)):
+                request_id = self._next_id()
                 self.engine.add_request(request_id, prompt, final[id(param)], priority=rank)
-            return self._run(ids, show_progress=use_tqdm and sys.stderr.isatty())
-        except BaseException:
-            self.engine.abort(ids)
-            raise
+                places[request_id] = place
+            while places:
+                for output in self.engine.step():
+                    if output.finished and output.request_id in places:
+                        yield places.pop(output.request_id), output
+        finally:
+            self.engine.abort(places)
+
+    def stream(self, prompt: PromptLike, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Yield what is new of one prompt's answer after each step. Leaving early aborts the request.
+
+        Raises:
+            RequestError: as ``generate``.
+            ParamsError: as ``generate``.
+        """
+        params = attrs.evolve(sampling_params or SamplingParams(), output_kind=RequestOutputKind.DELTA)
+        request_id = self._next_id()
+        self.engine.add_request(request_id, prompt, params)
+        finished = False
+        try:
+            while not finished:
+                for output in self.engine.step():
+                    if output.request_id == request_id:
+                        finished = output.finished
+                        yield output
+        finally:
+            self.engine.abort(request_id)
 
     def chat(
         self,
@@ -146,17 +192,8 @@ class LLM:
             add_generation_prompt=add_generation_prompt,
         )
 
-    def _run(self, ids: list[str], *, show_progress: bool) -> list[RequestOutput]:
-        """Step until every request of ``ids`` has ended."""
-        done: dict[str, RequestOutput] = {}
-        wanted = set(ids)
-        with _Progress(len(ids), enabled=show_progress) as progress:
-            while len(done) < len(ids):
-                for output in self.engine.step():
-                    if output.finished and output.request_id in wanted:
-                        done[output.request_id] = output
-                        progress.advance(output)
-        return [done[request_id] for request_id in ids]
+    def _next_id(self) -> str:
+        return f"llm-{next(self._request_ids)}"
 
 
 def chat_prompt(

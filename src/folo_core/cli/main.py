@@ -1,0 +1,129 @@
+"""``folo``: finds the subcommand and imports only that one, so that help and listings stay fast."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from folo_core.errors import FoloError
+
+if TYPE_CHECKING:
+    from folo_core.plugins.registry import Part
+
+COMMANDS = {
+    "generate": ("folo_core.cli.generate", "Complete prompts and stream the text."),
+    "chat": ("folo_core.cli.chat", "Talk with a model in the terminal."),
+    "bench": ("folo_core.cli.bench_command", "Measure latency and throughput."),
+    "plugins": ("folo_core.cli.plugins_command", "List, inspect, diagnose and start plugins."),
+    "config": ("folo_core.cli.config_command", "Show and check configurations."),
+}
+"""Subcommand to the module whose ``app`` it is, and one line of help. Plugins add more."""
+
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+
+class LazyGroup(TyperGroup):
+    """A command group whose members are imported only to be run; help reads their one-liners from the table."""
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ANN401, ARG002 (typer's context)
+        """Name Folo's own subcommands, then those of plugins."""
+        return [*COMMANDS, *sorted(_plugin_commands())]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ANN401, ARG002 (typer's context and command)
+        """Return a stand-in that only has a name and help."""
+        if cmd_name in COMMANDS:
+            return TyperCommand(cmd_name, help=COMMANDS[cmd_name][1])
+        part = _plugin_commands().get(cmd_name)
+        return None if part is None else TyperCommand(cmd_name, help=part.spec.help)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:  # noqa: ANN401 (typer's context and command)
+        """Import and return the command to run."""
+        name, stand_in, rest = super().resolve_command(ctx, args)
+        if stand_in is None or name is None:
+            return name, stand_in, rest
+        app = _load_app(name)
+        command = typer.main.get_command(app)
+        command.name = name
+        return name, command, rest
+
+
+def _load_app(name: str) -> typer.Typer:
+    if name in COMMANDS:
+        app: typer.Typer = importlib.import_module(COMMANDS[name][0]).app
+        return app
+    built: typer.Typer = _plugin_commands()[name].build()
+    return built
+
+
+def _plugin_commands() -> dict[str, Part]:
+    from folo_core.plugins.manager import load_registry
+
+    return {part.name: part for part in load_registry().all("commands") if part.name not in COMMANDS}
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    help="Folo: an LLM inference engine in which every decision is a plugin.",
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(value: bool) -> None:  # noqa: FBT001 (typer's callback protocol)
+    if value:
+        from folo_core import __version__
+
+        typer.echo(f"folo-core {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    plugin: list[str] = typer.Option(  # noqa: B008 (typer's way to declare options)
+        [], "-p", "--plugin", help="'no:NAME' leaves a plugin out of this run; may be repeated.", metavar="no:NAME"
+    ),
+    version: bool = typer.Option(  # noqa: FBT001, ARG001 (typer's way to declare flags)
+        False, "--version", callback=_show_version, is_eager=True, help="Print the version and exit."  # noqa: FBT003
+    ),
+) -> None:
+    """Leave out blocked plugins, whichever subcommand runs."""
+    for entry in plugin:
+        if not entry.startswith("no:") or len(entry) == len("no:"):
+            message = f"-p {entry!r}: write no:NAME"
+            raise FoloError(message)
+    blocked = [os.environ.get("FOLO_BLOCK", ""), *(entry.removeprefix("no:") for entry in plugin)]
+    if plugin:
+        os.environ["FOLO_BLOCK"] = ",".join(filter(None, blocked))
+
+
+def main() -> None:
+    """Run the command line and exit: 2 for errors the user can mend, 130 after Ctrl-C, 141 for a closed pipe."""
+    logging.basicConfig(level=os.environ.get("FOLO_LOG", "WARNING").upper(), format="%(levelname)s %(message)s")
+    try:
+        app()
+    except FoloError as error:
+        sys.stderr.write(f"folo: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("folo: interrupted\n")
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader is gone; keep the interpreter from flushing into the closed pipe once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_BROKEN_PIPE)
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        sys.stderr.write(f"folo: {error.strerror or error}{where}: what was written before is kept\n")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Options that several subcommands share, and what they turn into."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from folo_core.llm import LLM
+    from folo_core.sampling_params import SamplingParams
+
+Model = Annotated[str, typer.Option("--model", "-m", help="demo, a folder, a GGUF file or a hub id.")]
+MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopP = Annotated[float, typer.Option(help="Nucleus sampling; 1 is off.")]
+TopK = Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 is off.")]
+MinP = Annotated[float, typer.Option(help="Keep tokens this likely relative to the best; 0 is off.")]
+Seed = Annotated[int | None, typer.Option(help="Fixes the random choices.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
+MaxModelLen = Annotated[int | None, typer.Option(help="Longest sequence, in tokens.")]
+
+
+def open_model(model: str, **options: Any) -> LLM:  # noqa: ANN401 (engine options)
+    """Load a model quietly: progress belongs to Folo, and only on a terminal."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from folo_core.llm import LLM
+
+    return LLM(model, **{name: value for name, value in options.items() if value is not None})
+
+
+def sampling_params(**fields: Any) -> SamplingParams:  # noqa: ANN401 (SamplingParams judges them)
+    """Build parameters from command-line options; what was not given keeps its default."""
+    from folo_core.sampling_params import SamplingParams
+
+    return SamplingParams(**{name: value for name, value in fields.items() if value is not None})
