@@ -30,12 +30,14 @@ class WeightsHook(BuildHookInterface):
 
     PLUGIN_NAME = "custom"
 
-    def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002 (hatchling's signature)
-        """Fetch the weights unless they are there, and have them packed although git ignores them."""
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Fetch the weights unless they are there, and have a wheel pack them although git ignores them."""
         if self.target_name != "wheel":
             return
         folder = Path(self.root, "src", PACKAGE, "weights")
         ensure_weights(folder)
+        if version == "editable":  # the package is the source tree, so nothing may be put beside it
+            return
         for path in folder.iterdir():
             build_data["force_include"][str(path)] = f"{PACKAGE}/weights/{path.name}"
 
