@@ -75,7 +75,8 @@ def load_registry(
     loader = _Loader(reasons, unreadable)
     for source in sources:
         loader.load(source)
-    known = set().union(*map(_names, [*sources, *found.sources, *found.broken]))
+    candidates: list[Source | BrokenPlugin] = [*sources, *found.sources, *found.broken]
+    known = {name for candidate in candidates for name in _names(candidate)}
     registry = Registry(
         plugins=tuple(loader.plugins),
         broken=tuple(loader.broken),
@@ -236,7 +237,8 @@ def _explain(manager: pluggy.PluginManager, error: pluggy.PluginValidationError)
     for caller in manager.get_hookcallers(error.plugin) or []:
         if not caller.has_spec():
             close = difflib.get_close_matches(caller.name, hooks, n=1)
-            return f"unknown hook {caller.name!r}: {f'did you mean {close[0]!r}?' if close else 'see docs/reference/hooks.md'}"
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(hooks)}"
+            return f"unknown hook {caller.name!r}: {hint}"
     return " ".join(str(error).split())
 
 
@@ -247,8 +249,8 @@ def _checked(hook: str, answers: list[Any], spec_type: type[Spec]) -> Sequence[S
         raise _Flaw("hooks", f"{hook} returned {type(answer).__name__}: return a list of {spec_type.__name__}")
     for spec in answer:
         if isinstance(spec, Spec) and spec.api_version != API_VERSION:
-            text = f"{hook}: {spec.name!r} is made for plugin API {spec.api_version!r}, this folo-core has {API_VERSION}"
-            raise _Flaw("api-version", f"{text}: install versions of both that agree")
+            text = f"{hook}: {spec.name!r} is made for plugin API {spec.api_version!r}"
+            raise _Flaw("api-version", f"{text}, this folo-core has {API_VERSION}: install versions that agree")
         if not isinstance(spec, spec_type):
             text = f"{hook} returned a list with {type(spec).__name__}"
             raise _Flaw("hooks", f"{text}: only {spec_type.__name__} belongs there")

@@ -8,15 +8,18 @@ from __future__ import annotations
 import difflib
 import functools
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import attrs
 
 from folo_core.errors import FoloError, PluginError
 from folo_core.plugins import hookspecs, specs
+from folo_core.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     import pluggy
 
 Manifest = tuple[tuple[str, str, str], ...]
@@ -249,9 +252,10 @@ def _name_clash(kind: str, name: str, parts: Sequence[Part]) -> Clash:
 
 def _claims(part: Part) -> Iterable[str]:
     """What requests a sampler claims: its own params class, or sampling types of the plain one."""
-    params = part.spec.params_type.__qualname__
-    types = part.spec.sampling_types
-    return [f"{params} with {t.name}" for t in types] if types else [f"{params} of {part.spec.params_type.__module__}"]
+    params_type = part.spec.params_type
+    if params_type is not SamplingParams:
+        return [f"{params_type.__module__}.{params_type.__qualname__}"]
+    return [f"SamplingParams with sampling type {kind.name}" for kind in part.spec.sampling_types]
 
 
 def _find_clashes(by_kind: Mapping[str, tuple[Part, ...]]) -> Iterable[Clash]:

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from folo_core.sampling_params import SamplingParams, SamplingType
+from folo_core.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
+
+    from folo_core.sampling_params import SamplingType
 
 API_VERSION = 1
 """Version of the plugin contract. A spec made for another major version is refused by name."""
@@ -102,6 +104,8 @@ class LogitsProcessorSpec(Spec):
     """``factory(vocab_size: int, device: torch.device) -> LogitsProcessor``."""
     stage: int = 500
     """Lower runs earlier. Folo's own: penalties 200, bias 300, min tokens 400, bad words 600, allowed ids 800."""
+    params_type: type[SamplingParams] = SamplingParams
+    """The class whose fields the processor reads, for ``folo plugins show``; any sampler may serve it."""
 
 
 @attrs.frozen(kw_only=True)
