@@ -1,0 +1,1 @@
+"""For plugin authors: conformance checks, builders of inputs, and hypothesis strategies."""
