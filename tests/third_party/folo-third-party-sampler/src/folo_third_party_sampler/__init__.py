@@ -1,0 +1,1 @@
+"""Locally typical sampling for Folo."""
