@@ -133,9 +133,7 @@ def _plan(cls: type) -> _Plan:
     # A lone attrgetter returns no tuple, so the class is read as well, and dropped by zip.
     getter = attrgetter(*[field.name for field in fields], "__class__", "__class__")
     names = tuple(field.alias or field.name for field in fields)
-    usual = [field.default for field in fields]
-    # A factory's product equals a default field's value but is another object: the value is judged, and repr omits it.
-    defaults = tuple(d.factory() if isinstance(d, attrs.Factory) and not d.takes_self else d for d in usual)  # type: ignore[arg-type]
+    defaults = tuple(map(default_of, fields))
     return _Plan(getter, names, defaults, tuple(map(rule_of, fields)), getattr(cls, "RELATIONS", ()))
 
 
@@ -173,6 +171,12 @@ def rule_of(field: attrs.Attribute[Any]) -> Rule | None:
     """The rule that a field carries, or None."""
     found: Rule | None = field.metadata.get(_RULE)
     return found
+
+
+def default_of(field: attrs.Attribute[Any]) -> Data:
+    """What a field is when it is not given: its factory's product, or attrs.NOTHING if it must be given."""
+    default: Any = field.default
+    return default.factory() if isinstance(default, attrs.Factory) and not default.takes_self else default  # type: ignore[arg-type]
 
 
 def show(value: object) -> str:

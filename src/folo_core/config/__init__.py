@@ -13,7 +13,7 @@ from folo_core.config.migrations import CURRENT_VERSION
 from folo_core.config.model import ModelConfig
 from folo_core.config.parallel import ParallelConfig
 from folo_core.config.scheduler import SchedulerConfig
-from folo_core.config.sections import structure, unstructure
+from folo_core.config.sections import describe_fields, structure, unstructure
 
 __all__ = [
     "CURRENT_VERSION",
@@ -22,6 +22,7 @@ __all__ = [
     "ModelConfig",
     "ParallelConfig",
     "SchedulerConfig",
+    "describe_fields",
     "dumps_env",
     "dumps_json",
     "dumps_toml",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 import attrs
 
 from folo_core.errors import ConfigError, ParamsError
-from folo_core.validation import Checked, FrozenMap, Rejected, rule_of, show, under
+from folo_core.validation import Checked, FrozenMap, Rejected, default_of, rule_of, show, under
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -60,6 +60,19 @@ def structure(cls: type[T], value: object) -> T:
 def unstructure(value: object) -> Data:
     """Plain dicts, lists and scalars of a config, a section or SamplingParams."""
     return _converter().unstructure(value)
+
+
+def describe_fields(cls: type, path: str = "") -> list[dict[str, Any]]:
+    """One row for every field of a config class and of the sections in it: its path, default and what it accepts."""
+    rows: list[dict[str, Any]] = []
+    for name, field in fields_of(cls).items():
+        if isinstance(field.type, type) and attrs.has(field.type):
+            rows += describe_fields(field.type, f"{path}{name}.")
+            continue
+        required = field.default is attrs.NOTHING
+        default = None if required else unstructure(default_of(field))
+        rows.append({"field": path + name, "default": default, "required": required, "accepts": _mend_of(field)})
+    return rows
 
 
 def parse_text(value: str, kind: Data) -> Data:
@@ -189,7 +202,7 @@ def _build(cls: type, given: Mapping[str, Any]) -> tuple[Any, list[str]]:
 
 def _mend_of(field: attrs.Attribute[Any]) -> str:
     rule = rule_of(field)
-    return (rule(attrs.NOTHING) if rule else None) or f"give {_type_name(field.type)}"
+    return (rule(attrs.NOTHING) if rule else None) or f"must be {_type_name(field.type)}"
 
 
 def _type_name(kind: object) -> str:
