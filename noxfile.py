@@ -43,6 +43,11 @@ def group(name: str) -> list[str]:
     return nox.project.dependency_groups(PROJECT, name)
 
 
+def third_party_folders() -> list[str]:
+    """Distributions that stand for those of other people: tests use them, and nothing of ours knows them."""
+    return sorted(str(path.parent) for path in (ROOT / "tests" / "third_party").glob("*/pyproject.toml"))
+
+
 def shared(session: nox.Session, *command: str, env: dict[str, str] | None = None) -> None:
     """Run a command in the environment that most sessions share, filled on first use.
 
@@ -56,7 +61,8 @@ def shared(session: nox.Session, *command: str, env: dict[str, str] | None = Non
             session.run(sys.executable, "-m", "venv", str(SHARED), external=True)
         install = ("python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
         shared(session, *install, "pip>=25", *group("build"), *group("tests"), *group("types"))
-        editable = [part for name in PLUGINS for part in ("-e", f"plugins/{name}")]
+        folders = [*(f"plugins/{name}" for name in PLUGINS), *third_party_folders()]
+        editable = [part for folder in folders for part in ("-e", folder)]
         # Core and its preinstalled plugins need each other, so they are named in one command.
         shared(session, *install, "--no-build-isolation", "-c", "constraints.txt", "-e", ".", *editable)
     folder = SHARED / ("Scripts" if os.name == "nt" else "bin")
@@ -148,8 +154,7 @@ def wheels(session: nox.Session) -> None:
     """Build every distribution, install from the wheelhouse alone, and generate text with no source in sight."""
     wheelhouse = Path(session.create_tmp()) / "wheelhouse"
     shutil.rmtree(wheelhouse, ignore_errors=True)
-    third_party = sorted(str(path.parent) for path in (ROOT / "tests" / "third_party").glob("*/pyproject.toml"))
-    sources = [str(ROOT), *(str(ROOT / "plugins" / name) for name in PLUGINS), *third_party]
+    sources = [str(ROOT), *(str(ROOT / "plugins" / name) for name in PLUGINS), *third_party_folders()]
     session.install("pip>=25", *group("build"))
     session.run("pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(wheelhouse), *sources)
     session.install("-c", "constraints.txt", *third_party_requirements(wheelhouse))
@@ -181,7 +186,8 @@ def lowest(session: nox.Session) -> None:
     Torch stays at the version of constraints.txt: of its lowest version only builds with CUDA are published.
     """
     session.install("pip>=25", *group("build"), *group("tests"), *lowest_pins(), "-c", "constraints.txt")
-    editable = [part for name in PLUGINS for part in ("-e", f"plugins/{name}")]
+    folders = [*(f"plugins/{name}" for name in PLUGINS), *third_party_folders()]
+    editable = [part for folder in folders for part in ("-e", folder)]
     pins = Path(session.create_tmp()) / "lowest.txt"
     pins.write_text("\n".join([*lowest_pins(), *(ROOT / "constraints.txt").read_text().split()]) + "\n")
     session.install("--no-build-isolation", "-c", str(pins), "-e", ".", *editable)

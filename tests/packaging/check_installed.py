@@ -1,0 +1,82 @@
+"""Run by ``nox -s wheels`` in an environment that has only built wheels, from a folder outside the repository."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+DISTRIBUTIONS = {
+    "folo-core": "folo_core",
+    "folo-attention": "folo_attention",
+    "folo-demo-model": "folo_demo_model",
+    "folo-hf": "folo_hf",
+    "folo-sampling": "folo_sampling",
+    "folo-schedulers": "folo_schedulers",
+    "folo-third-party-sampler": "folo_third_party_sampler",
+}
+
+
+def folo(*arguments: str) -> str:
+    """Run the installed command and return what it printed."""
+    command = [str(Path(sys.executable).with_name("folo")), *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def check_sources(root: Path) -> None:
+    """Everything is imported from site-packages, and every wheel carries its licence and its type marker."""
+    assert not Path.cwd().samefile(root)
+    for distribution, package in DISTRIBUTIONS.items():
+        folder = Path(importlib.import_module(package).__file__).parent
+        assert folder.parent.name == "site-packages", f"{package} was imported from {folder}"
+        assert (folder / "py.typed").is_file(), f"{package} has no py.typed"
+        metadata = importlib.metadata.metadata(distribution)
+        assert metadata["License-Expression"] == "Apache-2.0", distribution
+        if distribution != "folo-third-party-sampler":
+            assert "LICENSE" in (metadata.get_all("License-File") or []), f"{distribution} carries no licence text"
+
+
+def check_plugins() -> None:
+    """Every distribution's plugin is found and none is broken."""
+    rows = json.loads(folo("plugins", "list", "--json"))
+    status = {row["distribution"]: row["status"] for row in rows}
+    assert status == dict.fromkeys(DISTRIBUTIONS, "loaded"), status
+
+
+def check_command_line() -> None:
+    """The command generates text with the embedded model."""
+    text = folo("generate", "The capital of France is", "--model", "demo", "--max-tokens", "8", "--no-stats")
+    assert "Paris" in text, text
+
+
+def check_third_party_sampler() -> None:
+    """A distribution that Folo knows nothing of serves its own parameters, by their class."""
+    from folo_core import LLM
+    from folo_third_party_sampler.params import TypicalParams
+
+    llm = LLM("demo", max_model_len=256)
+    params = [TypicalParams(temperature=1.0, typical_p=0.5, seed=seed, max_tokens=12) for seed in (1, 1, 2)]
+    outputs = llm.generate(["Once upon a time"] * len(params), params, use_tqdm=False)
+    first, again, other = (output.outputs[0].token_ids for output in outputs)
+    assert len(first) == 12, outputs
+    assert first == again, "one seed, two answers"
+    assert first != other, "two seeds, one answer"
+    table = llm.engine.components.sampler_table
+    assert "typical" in table.find(params[0])
+
+
+def main() -> None:
+    """Check everything; an assertion names what is wrong."""
+    check_sources(Path(sys.argv[1]))
+    check_plugins()
+    check_command_line()
+    check_third_party_sampler()
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in DISTRIBUTIONS)
+    print(f"installed from wheels and working: {versions}")
+
+
+if __name__ == "__main__":
+    main()
