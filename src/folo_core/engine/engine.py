@@ -169,7 +169,7 @@ class Engine:
         try:
             return handle.result()
         except Exception as error:  # noqa: BLE001 (as in _submit)
-            logger.exception("step %d failed", self.step_count)
+            logger.error("step %d failed: %s", self.step_count, error, exc_info=logger.isEnabledFor(logging.DEBUG))
             return StepResult(errors={request.request_id: self._step_error(error) for request in scheduled.scheduled})
 
     def _guard(self) -> ContextManager[object]:
