@@ -1,0 +1,55 @@
+"""Greedy decoding: every row continues itself with its most likely token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from folo_core.sampling.interface import SamplerOutput
+
+if TYPE_CHECKING:
+    from folo_core.request import Request
+    from folo_core.sampling.metadata import SamplingMetadata
+    from folo_core.sequence import Sequence
+
+_BLOCK = 128
+
+
+class GreedySampler:
+    """Takes each row's largest logit; of equal ones the lowest token id. Keeps no state."""
+
+    def add_request(self, request: Request) -> None:
+        """Nothing to open."""
+
+    def step(self, logits: torch.Tensor, metadata: SamplingMetadata) -> SamplerOutput:
+        """Return the identity as parents and ``lowest_argmax`` of each row as its token."""
+        tokens = lowest_argmax(logits)
+        return SamplerOutput(parents=torch.arange(metadata.num_rows, device=logits.device), tokens=tokens[:, None])
+
+    def finish(self, request: Request) -> list[Sequence]:
+        """Return the finished sequences as they are: there is one."""
+        return list(request.finished)
+
+    def remove_request(self, request_id: str) -> None:
+        """Nothing to drop."""
+
+
+def lowest_argmax(logits: torch.Tensor) -> torch.Tensor:
+    """Return the index of the largest entry of each row, int64 ``[rows]``, the lowest where several are equal.
+
+    A maximum alone is vectorised by PyTorch on the CPU and an argmax is not, so the argmax is taken in two small
+    ones: over the maxima of blocks, then inside the first block that has the largest.
+
+    Args:
+        logits: float ``[rows, vocab]`` with ``vocab >= 1``.
+    """
+    vocab_size = logits.shape[1]
+    whole = vocab_size // _BLOCK * _BLOCK
+    maxima = logits[:, :whole].unflatten(1, (-1, _BLOCK)).amax(2)
+    if whole < vocab_size:
+        maxima = torch.cat((maxima, logits[:, whole:].amax(1, keepdim=True)), 1)
+    start = maxima.argmax(1, keepdim=True) * _BLOCK
+    # Indices past the end repeat the last token. It stands before its repetitions, so it wins the tie.
+    inside = (start + torch.arange(_BLOCK, device=logits.device)).clamp_(max=vocab_size - 1)
+    return (start + logits.gather(1, inside).argmax(1, keepdim=True)).squeeze(1)
