@@ -46,7 +46,7 @@ def lowest_argmax(logits: torch.Tensor) -> torch.Tensor:
     """
     vocab_size = logits.shape[1]
     whole = vocab_size // _BLOCK * _BLOCK
-    maxima = logits[:, :whole].unflatten(1, (-1, _BLOCK)).amax(2)
+    maxima = logits[:, :whole].view(len(logits), whole // _BLOCK, _BLOCK).amax(2)
     if whole < vocab_size:
         maxima = torch.cat((maxima, logits[:, whole:].amax(1, keepdim=True)), 1)
     start = maxima.argmax(1, keepdim=True) * _BLOCK

@@ -129,7 +129,7 @@ def largest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tenso
     if count * _BLOCK * 2 > vocab_size:
         values, ids = logits.topk(count, 1)
         return values, ids
-    blocks = logits[:, :whole].unflatten(1, (-1, _BLOCK)).amax(2).topk(count, 1).indices
+    blocks = logits[:, :whole].view(len(logits), whole // _BLOCK, _BLOCK).amax(2).topk(count, 1).indices
     ids = (blocks[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=logits.device)).flatten(1)
     if whole < vocab_size:
         tail = torch.arange(whole, vocab_size, device=logits.device).expand(len(logits), -1)

@@ -123,7 +123,7 @@ def draw(weights: torch.Tensor, uniforms: torch.Tensor, vocab_size: int) -> torc
     block = length if length <= _SHORT_ROW else _BLOCK
     if length % block:
         weights = torch.nn.functional.pad(weights, (0, -length % block))
-    blocks = weights.unflatten(1, (-1, block))
+    blocks = weights.view(len(weights), -1, block)
     sums = blocks.sum(2)
     running = sums.cumsum(1)
     total = running[:, -1:]
