@@ -65,9 +65,13 @@ class AttentionBridge:
         self.target: AttentionTarget | None = None
         AttentionInterface.register(self.name, self._call)
 
+    def release(self) -> None:
+        """Forget the registered name."""
+        _forget(self.name)
+
     def release_with(self, owner: object) -> None:
         """Forget the registered name when ``owner`` is collected."""
-        weakref.finalize(owner, AttentionInterface._global_mapping.pop, self.name, None)  # noqa: SLF001 (no public way)
+        weakref.finalize(owner, _forget, self.name)
 
     def _call(
         self,
@@ -84,6 +88,11 @@ class AttentionBridge:
         call = read_call(module, query, attention_mask, options)
         packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         return self.target.attend(module, *packed, call)[None], None
+
+
+def _forget(name: str) -> None:
+    # transformers offers no way back; its registry is a plain dictionary.
+    AttentionInterface._global_mapping.pop(name, None)  # noqa: SLF001
 
 
 def read_call(

@@ -2,73 +2,154 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import gc
+import logging
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
+from folo_core.errors import ModelLoadError
 from folo_core.execution.interface import ModelInfo
 from folo_hf.attention import AttentionBridge
 from folo_hf.device import TorchProbe, resolve_device, resolve_dtype
+from folo_hf.gguf import converted
 from folo_hf.model import HfLoadedModel
-from folo_hf.probe import ModelShape, probe
+from folo_hf.positions import position_limit, settle_rope
+from folo_hf.probe import probe
+from folo_hf.quiet import quiet
+from folo_hf.screening import load_config, screen
+from folo_hf.source import Kind, Source, check_weights, locate
+from folo_hf.tokenizer import load_tokenizer
+from folo_hf.vocabulary import fit_vocabulary
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from pathlib import Path
+
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from folo_core.config import EngineConfig
     from folo_core.execution.loading import Tokenizer
     from folo_hf.device import HardwareProbe
+    from folo_hf.probe import ModelShape
+    from folo_hf.tokenizer import HfTokenizer
+
+logger = logging.getLogger(__name__)
 
 
 class HfLoader:
-    """``ModelLoader`` for one EngineConfig."""
+    """``ModelLoader`` for one EngineConfig: transformers' causal language models."""
 
     def __init__(self, config: EngineConfig, hardware: HardwareProbe | None = None) -> None:
         self._config = config.model
         self._hardware = hardware or TorchProbe()
 
-    def load_tokenizer(self) -> Tokenizer | None:
-        """The model's tokenizer (see ``ModelLoader``)."""
+    @cached_property
+    def _placement(self) -> tuple[str, str]:
+        """Device and dtype, by name."""
+        device = resolve_device(self._config.device, self._hardware)
+        return device, resolve_dtype(self._config.dtype, device, self._hardware)
+
+    @cached_property
+    def _folder(self) -> Path:
+        """The model's folder of safetensors, fetched or converted if need be."""
+        return self._as_folder(locate(self._config.model, self._config.revision))
+
+    def _as_folder(self, source: Source) -> Path:
+        if source.kind is Kind.FOLDER:
+            return source.path
+        return converted(source.path, getattr(torch, self._placement[1]))
+
+    def load_tokenizer(self) -> HfTokenizer | None:
+        """The model's tokenizer, mended (see ``ModelLoader``)."""
         if self._config.skip_tokenizer_init:
             return None
-        return AutoTokenizer.from_pretrained(self._config.tokenizer or self._config.model, trust_remote_code=False)
+        name = self._config.tokenizer
+        return load_tokenizer(self._folder if name is None else self._as_folder(locate(name, self._config.revision)))
 
     def load_model(self, tokenizer: Tokenizer | None) -> HfLoadedModel:
         """The model on its device in its resolved dtype (see ``ModelLoader``)."""
-        device = resolve_device(self._config.device, self._hardware)
-        dtype = resolve_dtype(self._config.dtype, device, self._hardware)
+        device, dtype = self._placement
+        folder = self._folder
+        config = load_config(folder)
+        screen(config)
+        check_weights(folder)
         bridge = AttentionBridge()
-        module = AutoModelForCausalLM.from_pretrained(
-            self._config.model,
-            dtype=getattr(torch, dtype),
-            attn_implementation=bridge.name,
-            use_safetensors=True,
-            trust_remote_code=False,
+        try:
+            module = _load_module(folder, config, bridge.name, getattr(torch, dtype), device)
+            if tokenizer is not None:
+                fit_vocabulary(module, len(tokenizer))
+            settle_rope(module, self._config.max_model_len)
+            shape = probe(module, bridge)
+        except BaseException:
+            bridge.release()
+            raise
+        info = _describe(module, shape, dtype, device, self._config.max_model_len)
+        return HfLoadedModel(module, bridge, shape, info)
+
+
+def _load_module(
+    folder: Path, config: PretrainedConfig, attention: str, dtype: torch.dtype, device: str
+) -> PreTrainedModel:
+    """The transformers module with every weight in place."""
+    options: dict[str, Any] = {"device_map": device} if device != "cpu" else {}
+    try:
+        with quiet():
+            module, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
+            )
+    except torch.OutOfMemoryError as error:
+        gc.collect()
+        raise ModelLoadError(f"model: '{folder}': does not fit into the memory of {device}: {error}") from error
+    except Exception as error:
+        text = str(error).strip() or type(error).__name__
+        raise ModelLoadError(f"model: '{folder}': transformers could not load it: {text}") from error
+    _check_complete(folder, report)
+    return module.eval()
+
+
+def _check_complete(folder: Path, report: dict[str, Any]) -> None:
+    """Transformers fills weights that a checkpoint lacks with random numbers; a server must not."""
+    missing = sorted(report.get("missing_keys") or ())
+    if missing:
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")  # noqa: PLR2004 (enough to recognise)
+        raise ModelLoadError(
+            f"model: '{folder}': the checkpoint lacks {len(missing)} weights ({shown}); it is incomplete, or config.json "
+            "is another model's"
         )
-        module = module.to(device).eval()
-        shape = probe(module, bridge)
-        return HfLoadedModel(module, bridge, shape, _info(module, shape, dtype, device))
+    if report.get("mismatched_keys"):
+        raise ModelLoadError(f"model: '{folder}': weights of other shapes than config.json says: "
+                             f"{sorted(report['mismatched_keys'])[:3]}")
 
 
-def _info(module: PreTrainedModel, shape: ModelShape, dtype: str, device: str) -> ModelInfo:
-    config = module.config.get_text_config(decoder=True)
+def _describe(
+    module: PreTrainedModel, shape: ModelShape, dtype: str, device: str, wanted_len: int | None
+) -> ModelInfo:
     return ModelInfo(
         architecture=type(module).__name__,
         vocab_size=shape.vocab_size,
-        max_model_len=config.max_position_embeddings,
+        max_model_len=position_limit(module.config, wanted_len),
         num_layers=len(shape.specs),
         kv_bytes_per_token=sum(spec.bytes_per_token() for spec in shape.specs),
         dtype=dtype,
         device=device,
-        eos_token_ids=_eos(module),
+        eos_token_ids=_eos_token_ids(module),
         num_parameters=sum(parameter.numel() for parameter in module.parameters()),
     )
 
 
-def _eos(module: PreTrainedModel) -> tuple[int, ...]:
+def _eos_token_ids(module: PreTrainedModel) -> tuple[int, ...]:
+    """From the generation config, which names every token that ends an answer, else from the config."""
     for source in (module.generation_config, module.config.get_text_config(decoder=True)):
         eos = getattr(source, "eos_token_id", None)
         if eos is not None:
-            return tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
+            return tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)
     return ()

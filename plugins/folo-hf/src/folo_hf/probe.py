@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 FIRST, SECOND_HEAD, SECOND_TAIL = 5, 4, 3
 """Tokens of the probe: one whole sequence, and one whose last tokens come in a second step."""
 
+STEPS = 2
+
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.2, torch.bfloat16: 0.3}
 """Largest accepted ratio of the difference's norm to the logits' norm. Wrong models are off by about 1."""
 
@@ -120,14 +122,18 @@ def probe(model: PreTrainedModel, bridge: AttentionBridge) -> ModelShape:
         UnsupportedModelError: some layer never called Folo's attention, asked for what it does not do, or the logits
             differ from the model's own.
     """
-    name = type(model).__name__
     target = bridge.target = DenseTarget()
     try:
         packed = torch.cat(list(_packed_logits(model, target)))
+        _check_calls(model, target)
+        _check_windows(model, target)
+        _check_logits(packed, _own_logits(model, bridge))
+    except Exception as error:
+        text = str(error).strip() or type(error).__name__
+        message = f"model: {type(model).__name__} cannot run through paged attention: {text}"
+        raise UnsupportedModelError(message) from error
     finally:
         bridge.target = None
-    _check_calls(model, target)
-    _check_logits(name, packed, _own_logits(model, bridge))
     traces = list(target.traces.values())
     return ModelShape(
         specs=[trace.spec for trace in traces],
@@ -173,20 +179,31 @@ def run(model: PreTrainedModel, input_ids: torch.Tensor, positions: torch.Tensor
 
 
 def _check_calls(model: PreTrainedModel, target: DenseTarget) -> None:
-    name = type(model).__name__
-    wanted = model.config.get_text_config(decoder=True).num_hidden_layers
-    if len(target.traces) != wanted or any(trace.calls != 2 for trace in target.traces.values()):  # noqa: PLR2004 (two probe steps)
+    """Each layer must attend once a step: one that does not keeps its past elsewhere, if it keeps one."""
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    calls = [trace.calls for trace in target.traces.values()]
+    if len(calls) != layers or any(count != STEPS for count in calls):
         raise UnsupportedModelError(
-            f"{name}: {len(target.traces)} of its {wanted} layers call the attention function, each of them must once "
-            "per step: the others keep state that paged attention does not hold"
+            f"of its {layers} layers, {sum(count == STEPS for count in calls)} call the attention function once a step; "
+            "the others keep state that blocks of keys and values do not hold"
         )
 
 
-def _check_logits(name: str, packed: torch.Tensor, own: torch.Tensor) -> None:
+def _check_windows(model: PreTrainedModel, target: DenseTarget) -> None:
+    """The probe is shorter than most windows, so a layer that forgets to hand its window on must be told apart here."""
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+    windows = [trace.call.sliding_window for trace in target.traces.values()]
+    for index, (kind, window) in enumerate(zip(kinds, windows, strict=False)):
+        if (kind == "sliding_attention") != (window is not None):
+            raise UnsupportedModelError(f"layer {index} is of type {kind!r} but asks for the window {window}")
+
+
+def _check_logits(packed: torch.Tensor, own: torch.Tensor) -> None:
+    tolerance = TOLERANCE.get(own.dtype, TOLERANCE[torch.float32])
     packed, own = packed.double(), own.double()
     error = float((packed - own).norm() / own.norm().clamp_min(1e-12))
-    if not error < TOLERANCE.get(own.dtype, 1e-3):
+    if not error < tolerance:
         raise UnsupportedModelError(
-            f"{name}: packed and chunked, its logits differ from its own by {error:.3g} of their size: "
+            f"packed and in chunks, its logits differ from its own by {error:.3g} of their size: "
             "it mixes tokens outside attention or ignores position ids"
         )
