@@ -103,7 +103,7 @@ def command_section(words: str, command: Any) -> list[str]:  # noqa: ANN401 (cli
             getattr(parameter, "help", None) or "",
         ]
         for parameter in command.params
-        if parameter.name != "help"
+        if parameter.name not in {"help", "install_completion", "show_completion"}
     ]
     if rows:
         page.append(table(["option", "default", "meaning"], rows))
