@@ -13,6 +13,7 @@ import attrs
 from folo_core.errors import ParamsError
 from folo_core.validation import (
     INT64_MAX,
+    INTERNAL,
     Checked,
     FrozenMap,
     Relation,
@@ -246,9 +247,9 @@ class SamplingParams(Checked):
         metadata=every(_is_choice, "must be a non-empty list of token ids, or None", optional=True),
     )
     """Only these tokens may be generated."""
-    resolved_eos: tuple[int, ...] = attrs.field(default=(), repr=False, eq=False)
+    resolved_eos: tuple[int, ...] = attrs.field(default=(), eq=False, metadata=INTERNAL)
     """The model's end-of-sequence tokens. Filled in by the engine at admission."""
-    resolved_bad_words: tuple[tuple[int, ...], ...] = attrs.field(default=(), repr=False, eq=False)
+    resolved_bad_words: tuple[tuple[int, ...], ...] = attrs.field(default=(), eq=False, metadata=INTERNAL)
     """``bad_words`` as token ids. Filled in by the engine at admission."""
 
     @property

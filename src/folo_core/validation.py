@@ -35,6 +35,8 @@ V_co = TypeVar("V_co", covariant=True)
 
 INT64_MAX = 2**63 - 1
 _RULE = "folo_rule"
+INTERNAL = {"folo_internal": True}
+"""Metadata of a field that the engine fills in: no mapping gives it, and it is neither written nor shown."""
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 80
 
@@ -129,7 +131,7 @@ class _Plan(NamedTuple):
 @cache
 def _plan(cls: type) -> _Plan:
     """What ``problems_of`` needs to know about a class, worked out once."""
-    fields = [field for field in attrs.fields(cls) if field.init]
+    fields = given_fields(cls)
     # A lone attrgetter returns no tuple, so the class is read as well, and dropped by zip.
     getter = attrgetter(*[field.name for field in fields], "__class__", "__class__")
     names = tuple(field.alias or field.name for field in fields)
@@ -165,6 +167,11 @@ def _judge(name: str, value: object, rule: Rule | None) -> list[str]:
 def under(name: str, line: str) -> str:
     """A problem line of a nested value with its parent's name before its path."""
     return f"{name}{line}" if line.startswith((":", "[")) else f"{name}.{line}"
+
+
+def given_fields(cls: type) -> list[attrs.Attribute[Any]]:
+    """The fields that whoever builds the object gives: neither computed nor the engine's own."""
+    return [field for field in attrs.fields(cls) if field.init and "folo_internal" not in field.metadata]
 
 
 def rule_of(field: attrs.Attribute[Any]) -> Rule | None:

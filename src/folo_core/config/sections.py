@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 import attrs
 
 from folo_core.errors import ConfigError, ParamsError
-from folo_core.validation import Checked, FrozenMap, Rejected, default_of, rule_of, show, under
+from folo_core.validation import Checked, FrozenMap, Rejected, default_of, given_fields, rule_of, show, under
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -105,7 +105,7 @@ def fields_of(cls: type) -> dict[str, attrs.Attribute[Any]]:
     except NameError as error:
         mend = "import what its annotations name at run time, not for type checkers alone"
         raise ConfigError(f"{cls.__name__}: {error}: {mend}") from error
-    return {field.alias or field.name: field for field in attrs.fields(cls) if field.init}
+    return {field.alias or field.name: field for field in given_fields(cls)}
 
 
 @cache
