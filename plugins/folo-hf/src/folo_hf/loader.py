@@ -16,6 +16,7 @@ from folo_hf.attention import AttentionBridge
 from folo_hf.device import TorchProbe, resolve_device, resolve_dtype
 from folo_hf.gguf import converted
 from folo_hf.model import HfLoadedModel
+from folo_hf.peer import TransformersPeer
 from folo_hf.positions import position_limit, settle_rope
 from folo_hf.probe import probe
 from folo_hf.quiet import quiet
@@ -87,6 +88,15 @@ class HfLoader:
             raise
         info = _describe(module, shape, dtype, device, self._config.max_model_len)
         return HfLoadedModel(module, bridge, shape, info)
+
+    def open_peer(self, name: str) -> TransformersPeer:
+        """The same weights under transformers' own ``generate`` (see ``PeerOpener``)."""
+        if name != "transformers":
+            raise ModelLoadError(f"peer: {name!r}: the hf loader can open 'transformers'")
+        device, dtype = self._placement
+        config = load_config(self._folder)
+        screen(config)
+        return TransformersPeer(_load_module(self._folder, config, "sdpa", getattr(torch, dtype), device))
 
 
 def _load_module(
