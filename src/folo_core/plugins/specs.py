@@ -12,7 +12,7 @@ import attrs
 from folo_core.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     from folo_core.sampling_params import SamplingType
@@ -21,6 +21,14 @@ API_VERSION = 1
 """Version of the plugin contract. A spec made for another major version is refused by name."""
 
 NAME_PATTERN = r"^[a-z][a-z0-9]*([-_.][a-z0-9]+)*$"
+
+
+def _as_flags(values: Iterable[str]) -> frozenset[str]:
+    return frozenset(values)
+
+
+def _as_sampling_types(values: Iterable[SamplingType]) -> frozenset[SamplingType]:
+    return frozenset(values)
 
 
 @attrs.frozen(kw_only=True)
@@ -32,7 +40,7 @@ class Spec:
     help: str = attrs.field(validator=attrs.validators.min_len(1))
     """One line for ``folo plugins list``."""
     api_version: int = API_VERSION
-    capabilities: frozenset[str] = attrs.field(factory=frozenset, converter=frozenset)
+    capabilities: frozenset[str] = attrs.field(factory=frozenset, converter=_as_flags)
     """Flags that the conformance kit and ``folo plugins show`` read."""
 
 
@@ -44,7 +52,7 @@ class SamplerSpec(Spec):
     """``factory(vocab_size: int, device: torch.device) -> Sampler``."""
     params_type: type[SamplingParams] = SamplingParams
     """The strategy's own parameters: ``SamplingParams`` or a subclass of it."""
-    sampling_types: frozenset[SamplingType] = attrs.field(factory=frozenset, converter=frozenset)
+    sampling_types: frozenset[SamplingType] = attrs.field(factory=frozenset, converter=_as_sampling_types)
     """For samplers of plain SamplingParams: which sampling types they serve. Empty for a params class of its own."""
 
 

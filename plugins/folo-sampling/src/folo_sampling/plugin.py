@@ -64,13 +64,13 @@ def folo_samplers() -> tuple[SamplerSpec, ...]:
             name="greedy",
             help="the most likely token; of equals, the lowest id",
             factory=_greedy,
-            sampling_types=frozenset((SamplingType.GREEDY,)),
+            sampling_types={SamplingType.GREEDY},
         ),
         SamplerSpec(
             name="random",
             help="a random token after temperature, top-k, top-p and min-p",
             factory=_random,
-            sampling_types=frozenset((SamplingType.RANDOM,)),
+            sampling_types={SamplingType.RANDOM},
         ),
     )
 
