@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -49,7 +49,7 @@ def show(
     found += [row for row in rows if name in {row["name"], row["distribution"]} and row["status"] != "loaded"]
     if not found:
         known = ", ".join(row["name"] for row in rows) or "none"
-        _fail(f"no plugin or distribution is called {name!r}; installed: {known}")
+        raise PluginError(f"no plugin or distribution is called {name!r}; installed: {known}")
     if as_json:
         _print_json(found if len(found) > 1 else found[0])
         return
@@ -81,8 +81,8 @@ def new(
     """Write a working plugin distribution, with tests."""
     try:
         project, files = create_plugin(name, kind, directory)
-    except (PluginError, OSError) as error:
-        _fail(str(error))
+    except OSError as error:
+        raise PluginError(f"--directory: {str(directory)!r}: cannot be written: {error}", plugin=name) from error
     if as_json:
         _print_json({"name": name, "kind": kind.value, "path": str(project), "files": files})
         return
@@ -98,11 +98,6 @@ def _load() -> Registry:
 
 def _print_json(value: object) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"Error: {message}", err=True)
-    raise typer.Exit(1)
 
 
 def _offers(row: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pluggy
 
@@ -63,14 +63,15 @@ def load_registry(
         PluginError: in strict mode, one line per problem.
         ConfigError: an environment variable holds something else than a switch.
     """
-    autoload = autoload and _switch("FOLO_AUTOLOAD", default=True)
-    strict = strict or _switch("FOLO_STRICT", default=False)
+    autoload = _switch("FOLO_AUTOLOAD", default=True) and autoload
+    strict = _switch("FOLO_STRICT", default=False) or strict
     reasons = dict.fromkeys(_environment_block(), "FOLO_BLOCK") | dict.fromkeys(map(canonical, block), "request")
     given, found = list(extra), discover()
     installed = {source.name for source in found.sources}
     sources = [_builtin_source()]
-    sources += [source for source in found.sources if autoload or source.name in given]
-    sources += [_given_source(item) for item in given if item not in installed]
+    named = {item for item in given if isinstance(item, str)}
+    sources += [source for source in found.sources if autoload or source.name in named]
+    sources += [_given_source(item) for item in given if not (isinstance(item, str) and item in installed)]
     unreadable = [broken for broken in found.broken if autoload and not _names(broken) & reasons.keys()]
     loader = _Loader(reasons, unreadable)
     for source in sources:
@@ -186,31 +187,32 @@ class _Loader:
         hooks = [caller.name for caller in self.manager.get_hookcallers(plugin) or []]
         if not hooks:
             raise _Flaw("hooks", "it implements no hook: mark functions with folo_core.plugins.hookimpl")
-        others = [other for other in self.manager.get_plugins() if other is not plugin]
-        parts = [part for hook in sorted(hooks) for part in self._call(hook, others, source)]
+        parts = [part for hook in sorted(hooks) for part in self._call(hook, plugin, source)]
         twice = [key for key, count in Counter((part.kind, part.name) for part in parts).items() if count > 1]
         if twice:
             raise _Flaw("hooks", f"it offers {twice[0][0]} {twice[0][1]!r} twice: give each its own name")
         return tuple(parts)
 
-    def _call(self, hook: str, others: list[Any], source: Source) -> Iterator[Part]:
-        """One plugin's own answer to a hook: a raising plugin must not take the others' answers with it."""
-        caller = self.manager.subset_hook_caller(hook, others)
-        if any(impl.wrapper or impl.hookwrapper for impl in caller.get_hookimpls()):
-            raise _Flaw("hooks", f"{hook} is a wrapper, but a plugin registers for itself alone: drop wrapper=True")
-        try:
-            answers = caller()
-        except (Exception, SystemExit) as error:
-            raise _Flaw("hooks", f"{hook} raised {type(error).__name__}: {error}") from error
+    def _call(self, hook: str, plugin: object, source: Source) -> Iterator[Part]:
+        """Ask one plugin alone: in pluggy's call of all, one that raises takes the others' answers with it."""
         kind = hook.removeprefix("folo_")
-        for spec in _checked(hook, answers, hook_kinds()[kind]):
-            yield Part(
-                kind=kind,
-                spec=spec,
-                plugin=source.name,
-                distribution=source.distribution,
-                version=source.version,
-            )
+        for implementation in getattr(self.manager.hook, hook).get_hookimpls():
+            if implementation.plugin is not plugin:
+                continue
+            if implementation.wrapper or implementation.hookwrapper:
+                raise _Flaw("hooks", f"{hook} is a wrapper, but a plugin registers for itself alone: drop wrapper=True")
+            try:
+                answer = implementation.function()
+            except (Exception, SystemExit) as error:
+                raise _Flaw("hooks", f"{hook} raised {type(error).__name__}: {error}") from error
+            for spec in _checked(hook, answer, hook_kinds()[kind]):
+                yield Part(
+                    kind=kind,
+                    spec=spec,
+                    plugin=source.name,
+                    distribution=source.distribution,
+                    version=source.version,
+                )
 
 
 def _import(source: Source) -> object:
@@ -242,9 +244,8 @@ def _explain(manager: pluggy.PluginManager, error: pluggy.PluginValidationError)
     return " ".join(str(error).split())
 
 
-def _checked(hook: str, answers: list[Any], spec_type: type[Spec]) -> Sequence[Spec]:
+def _checked(hook: str, answer: object, spec_type: type[Spec]) -> Sequence[Spec]:
     """The specs of one hook of one plugin, or the reason why they cannot be used."""
-    answer = answers[0] if answers else None  # pluggy drops None
     if not isinstance(answer, Sequence) or isinstance(answer, str | bytes):
         raise _Flaw("hooks", f"{hook} returned {type(answer).__name__}: return a list of {spec_type.__name__}")
     for spec in answer:

@@ -177,6 +177,14 @@ class Registry:
             raise PluginError(f"{kind!r} is no kind of part: {_suggest(kind, self._parts)}")
         return self._parts[kind]
 
+    def by_name(self, kind: str) -> dict[str, Part]:
+        """All parts of a kind by bare name, for kinds of which every part is used.
+
+        Raises:
+            PluginError: two plugins offer one name.
+        """
+        return {part.name: self.get(kind, part.name) for part in self.all(kind)}
+
     def get(self, kind: str, name: str) -> Part:
         """The part called ``name``, bare or as ``plugin:name``.
 

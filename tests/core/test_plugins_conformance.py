@@ -1,0 +1,534 @@
+"""The conformance kit lets good parts pass and catches each bad one by the check that is meant for it."""
+
+from __future__ import annotations
+
+import attrs
+import pytest
+import torch
+from hypothesis import given
+
+from folo_core.plugins import specs
+from folo_core.plugins.registry import Part
+from folo_core.sampling.interface import SamplerOutput
+from folo_core.sampling.rng import uniform
+from folo_core.sampling_params import SamplingParams
+from folo_core.scheduling.interface import SchedulerOutput
+from folo_core.scheduling.planner import StepPlanner
+from folo_core.testing import conformance, strategies
+from folo_core.testing.builders import logits_of, make_metadata, make_request
+from folo_core.testing.conformance import (
+    LogitsProcessorConformance,
+    PluginConformance,
+    SamplerConformance,
+    SchedulerConformance,
+)
+from folo_core.testing.harness import SamplerHarness, check_sampler_output
+
+
+class Random:
+    """Draws from the softmax: the honest sampler from which the bad ones are made."""
+
+    def __init__(self, vocab_size, device):
+        self.seen = {}
+
+    def add_request(self, request):
+        self.seen[request.request_id] = 0
+
+    def step(self, logits, metadata):
+        mass = logits.double().softmax(-1).cumsum(-1)
+        drawn = uniform(metadata.seeds, metadata.sequence_indices, metadata.positions) * mass[:, -1]
+        tokens = torch.searchsorted(mass, drawn[:, None], right=True)
+        return SamplerOutput(parents=torch.arange(len(tokens)), tokens=tokens)
+
+    def finish(self, request):
+        return list(request.finished)
+
+    def remove_request(self, request_id):
+        del self.seen[request_id]
+
+
+class FanOut(Random):
+    """Grows every request to three rows in the first step and re-parents them ever after."""
+
+    def step(self, logits, metadata):
+        parents = []
+        for request_id in dict.fromkeys(metadata.request_ids):
+            rows = [row for row, owner in enumerate(metadata.request_ids) if owner == request_id]
+            best = max(rows, key=lambda row: logits[row].amax().item())
+            parents += [rows[0]] * 3 if len(rows) == 1 else [best, best, rows[-1]]
+        ranked = logits.topk(3).indices
+        tokens = [[int(ranked[row, child % 3]), -1] for child, row in enumerate(parents)]
+        return SamplerOutput(
+            parents=torch.tensor(parents),
+            tokens=torch.tensor(tokens),
+            logprobs=torch.zeros(len(parents), 2),
+            finished=torch.tensor([token[0] == 0 for token in tokens]),
+        )
+
+
+def make_part(factory, kind="samplers", spec=specs.SamplerSpec, **fields):
+    made = spec(name="acme", help="h", factory=factory, **fields)
+    return Part(kind=kind, spec=made, plugin="acme", distribution="acme", version="1.0")
+
+
+class Kit(SamplerConformance):
+    plugin = "acme"
+    name = "acme"
+
+    def params(self, part):  # noqa: ARG002 (a fixed choice)
+        return [SamplingParams(), SamplingParams(seed=3), SamplingParams(), SamplingParams(temperature=0.5)]
+
+
+CHECKS = [name for name in vars(SamplerConformance) if name.startswith("test_")]
+
+
+def test_there_are_checks():
+    assert len(CHECKS) == 9
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("sampler", [Random, FanOut])
+def test_good_samplers_pass(sampler, check):
+    getattr(Kit(), check)(make_part(sampler))
+
+
+def changed(**fields):
+    """Random, with fields of its output replaced by functions of it."""
+
+    class Changed(Random):
+        def step(self, logits, metadata):
+            output = super().step(logits, metadata)
+            return attrs.evolve(output, **{name: change(output) for name, change in fields.items()})
+
+    return Changed
+
+
+class GlobalRandom(Random):
+    def step(self, logits, metadata):  # noqa: ARG002
+        tokens = torch.multinomial(logits.softmax(-1), 1)
+        return SamplerOutput(parents=torch.arange(len(tokens)), tokens=tokens)
+
+
+class ReadsItsRow(Random):
+    """Salts randomness with the row's number, as naive code does."""
+
+    def step(self, logits, metadata):
+        salted = attrs.evolve(metadata, seeds=metadata.seeds + torch.arange(len(logits)))
+        return super().step(logits, salted)
+
+
+class ReadsNeighbours(Random):
+    def step(self, logits, metadata):
+        return super().step(logits - logits.amax(0, keepdim=True) * 0.5, metadata)
+
+
+class CountsSteps(Random):
+    """Counts its own steps instead of the row's position."""
+
+    steps = 0
+
+    def step(self, logits, metadata):
+        self.steps += 1
+        moved = attrs.evolve(metadata, positions=torch.full_like(metadata.positions, self.steps))
+        return super().step(logits, moved)
+
+
+class IgnoresMasks(Random):
+    def step(self, logits, metadata):
+        return super().step(logits.clamp_min(0.0), metadata)
+
+
+class Forgets(Random):
+    def remove_request(self, request_id):
+        """Leave the entry where it is."""
+
+
+class Crosses(Random):
+    """Lets a row continue a later request's row."""
+
+    def step(self, logits, metadata):
+        output = super().step(logits, metadata)
+        return attrs.evolve(output, parents=output.parents.flip(0))
+
+
+class DropsEverything(Random):
+    def finish(self, request):  # noqa: ARG002
+        return []
+
+
+class ReturnsTwice(Random):
+    def finish(self, request):
+        return list(request.finished) * 2
+
+
+class Foreign(Random):
+    def finish(self, request):  # noqa: ARG002
+        return [make_request("foreign", SamplingParams()).open_sequence(99)]
+
+
+class NoFinish:
+    def __init__(self, vocab_size, device):
+        """Offer only half the contract."""
+
+    def step(self, logits, metadata):
+        raise AssertionError
+
+
+SHAPE = "test_outputs_have_the_right_shape"
+MUTANTS = {
+    "tokens dtype": (changed(tokens=lambda o: o.tokens.int()), SHAPE, "tokens: int32"),
+    "tokens flat": (changed(tokens=lambda o: o.tokens[:, 0]), SHAPE, "tokens: int64"),
+    "too many tokens": (changed(tokens=lambda o: o.tokens.repeat(2, 1)), SHAPE, "rows for"),
+    "parents dtype": (changed(parents=lambda o: o.parents.float()), SHAPE, "parents: float32"),
+    "parents outside": (changed(parents=lambda o: o.parents + 1), SHAPE, "parents: .*outside"),
+    "token outside": (changed(tokens=lambda o: o.tokens + 1000), SHAPE, "tokens: largest"),
+    "no token": (changed(tokens=lambda o: o.tokens * 0 - 1), SHAPE, "at least one token"),
+    "pad left": (
+        changed(tokens=lambda o: torch.cat([o.tokens * 0 - 1, o.tokens], 1)),
+        SHAPE,
+        "only pad on the right",
+    ),
+    "logprobs dtype": (changed(logprobs=lambda o: o.tokens.double()), SHAPE, "logprobs: float64"),
+    "logprobs positive": (changed(logprobs=lambda o: o.tokens * 0.0 + 1), SHAPE, "log probability is <= 0"),
+    "logprobs nan": (changed(logprobs=lambda o: o.tokens * torch.nan), SHAPE, "not NaN"),
+    "finished dtype": (changed(finished=lambda o: o.parents), SHAPE, "finished: int64"),
+    "crosses requests": (Crosses, SHAPE, "adjacent and in request order"),
+    "drops everything": (DropsEverything, SHAPE, "no answer"),
+    "returns twice": (ReturnsTwice, SHAPE, "a sequence twice"),
+    "foreign sequence": (Foreign, SHAPE, "not the request's own"),
+    "global random": (GlobalRandom, "test_same_seed_gives_the_same_tokens", "same seeds differ"),
+    "reads its row": (ReadsItsRow, "test_neighbours_do_not_matter", "reads its neighbours"),
+    "reads neighbours": (ReadsNeighbours, "test_neighbours_do_not_matter", "reads its neighbours"),
+    "depends on order": (ReadsItsRow, "test_order_does_not_matter", "changes tokens"),
+    "counts steps": (CountsSteps, "test_late_arrival_does_not_matter", "joining a running batch"),
+    "ignores masks": (IgnoresMasks, "test_masked_tokens_are_never_chosen", "masked tokens were chosen"),
+    "keeps state": (Forgets, "test_ended_requests_leave_no_state", "still in seen"),
+    "no finish": (NoFinish, "test_is_a_sampler", "lacks a method"),
+}
+
+
+@pytest.mark.parametrize("case", MUTANTS)
+def test_a_bad_sampler_is_caught(case):
+    sampler, check, message = MUTANTS[case]
+    with pytest.raises(AssertionError, match=message):
+        getattr(Kit(), check)(make_part(sampler))
+
+
+# --- params ----------------------------------------------------------------------------------------------------------
+
+
+@attrs.define(slots=True, kw_only=True)
+class Undocumented(SamplingParams):
+    """Options."""
+
+    depth: int = 3
+
+
+@attrs.frozen(slots=True, kw_only=True)
+class Unchecked(SamplingParams):
+    """Options."""
+
+    depth: int = 3
+    """How deep."""
+
+
+@attrs.frozen(slots=True, kw_only=True)
+class Required(SamplingParams):
+    """Options."""
+
+    depth: int
+    """How deep."""
+
+
+@pytest.mark.parametrize(
+    ("params_type", "message"),
+    [
+        (Undocumented, "Undocumented.depth: put a docstring"),
+        (Unchecked, "DID NOT RAISE"),
+        (Required, "Required.depth: give it a default"),
+        (attrs.frozen(type("Alien", (), {"__annotations__": {}})), "must subclass SamplingParams"),
+    ],
+)
+def test_a_bad_params_class_is_caught(params_type, message):
+    with pytest.raises((AssertionError, pytest.fail.Exception), match=message):
+        Kit().test_params_are_sound(make_part(Random, params_type=params_type))
+
+
+# --- whole plugins ---------------------------------------------------------------------------------------------------
+
+GOOD = '''
+    from folo_core.plugins import hookimpl
+    from folo_core.plugins.specs import SchedulerSpec
+
+    @hookimpl
+    def folo_schedulers():
+        """Offer acme."""
+        return [SchedulerSpec(name="acme", help="A policy.", factory=print)]
+'''
+
+
+@pytest.fixture
+def check_plugin(site, monkeypatch):
+    def check(code: str, name: str) -> None:
+        site.install("acme-checked", code)
+        monkeypatch.setenv("PYTHONPATH", str(site.path), prepend=":")
+        conformance._load.cache_clear()
+
+        class Checked(PluginConformance):
+            plugin = "acme-checked"
+
+        fixed = [conformance._load("acme-checked")] if "registry" in getattr(Checked, name).__code__.co_varnames else []
+        getattr(Checked(), name)(*fixed)
+
+    yield check
+    conformance._load.cache_clear()
+
+
+@pytest.mark.parametrize("check", [name for name in vars(PluginConformance) if name.startswith("test_")])
+def test_a_good_plugin_passes(check_plugin, check):
+    check_plugin(GOOD, check)
+
+
+@pytest.mark.parametrize(
+    ("edit", "check", "message"),
+    [
+        (('help="A policy."', r'help="A\npolicy."'), "test_every_part_is_described", "use one line"),
+        (('help="A policy."', 'help="x" * 200'), "test_every_part_is_described", "120 characters"),
+        (("factory=print", "factory=print, capabilities={1}"), "test_every_part_is_described", "use strings"),
+        (('"""Offer acme."""', ""), "test_every_hook_has_a_docstring", "folo_schedulers: add a docstring"),
+        (('"""Offer acme."""', "import pickle"), "test_source_runs_no_code_from_data", "imports pickle"),
+        (('"""Offer acme."""', "from dill import x"), "test_source_runs_no_code_from_data", "imports from dill"),
+        (("factory=print", "factory=lambda: torch.load('x')"), "test_source_runs_no_code_from_data", "torch.load"),
+        (
+            ("factory=print", "factory=lambda f: f(trust_remote_code=True)"),
+            "test_source_runs_no_code_from_data",
+            "trust_remote_code",
+        ),
+        (("\n    @hookimpl", "    import torch\n    @hookimpl"), "test_import_is_light", "entry point imports torch"),
+        (("@hookimpl", ""), "test_every_part_is_described", "is not marked"),
+    ],
+)
+def test_a_bad_plugin_is_caught(check_plugin, edit, check, message):
+    assert edit[0] in GOOD
+    with pytest.raises(AssertionError, match=message):
+        check_plugin(GOOD.replace(*edit), check)
+
+
+def test_a_plugin_that_is_not_installed_is_named():
+    with pytest.raises(AssertionError, match="plugin no_such_plugin .* is broken: ModuleNotFoundError"):
+        conformance._load("no_such_plugin")
+
+
+# --- logits processors -----------------------------------------------------------------------------------------------
+
+
+class Penalty:
+    """Takes 5 from the newest token."""
+
+    argmax_invariant = False
+    needs_history = True
+    graph_safe = False
+
+    def __init__(self, vocab_size, device):
+        """Keep nothing."""
+
+    def applies(self, params):  # noqa: ARG002
+        return True
+
+    def validate_params(self, params, vocab_size):
+        """Accept everything."""
+
+    def apply(self, logits, metadata):
+        for row, history in enumerate(metadata.history):
+            logits[row, history[-1]] -= 5
+        return logits
+
+
+class FalseArgmax(Penalty):
+    argmax_invariant = True
+
+    def apply(self, logits, metadata):  # noqa: ARG002
+        return -logits
+
+
+class Mixes(Penalty):
+    def apply(self, logits, metadata):  # noqa: ARG002
+        return logits - logits.mean()
+
+
+class Idle(Penalty):
+    def apply(self, logits, metadata):  # noqa: ARG002
+        return logits
+
+
+class Doubles(Penalty):
+    def apply(self, logits, metadata):
+        return super().apply(logits, metadata).double()
+
+
+class MakesNaN(Penalty):
+    def apply(self, logits, metadata):  # noqa: ARG002
+        return logits * torch.nan
+
+
+class Undeclared(Penalty):
+    graph_safe = None
+
+
+class NeverApplies(Penalty):
+    def applies(self, params):  # noqa: ARG002
+        return False
+
+
+class ProcessorKit(LogitsProcessorConformance):
+    plugin = "acme"
+    name = "acme"
+
+    def params(self):
+        return [SamplingParams()] * 3
+
+
+PROCESSOR_CHECKS = [name for name in vars(LogitsProcessorConformance) if name.startswith("test_")]
+
+
+def processor_part(factory):
+    return make_part(factory, "logits_processors", specs.LogitsProcessorSpec)
+
+
+@pytest.mark.parametrize("check", PROCESSOR_CHECKS)
+def test_a_good_processor_passes(check):
+    getattr(ProcessorKit(), check)(processor_part(Penalty))
+
+
+@pytest.mark.parametrize(
+    ("processor", "check", "message"),
+    [
+        (FalseArgmax, "test_argmax_invariance_is_true", "the argmax changed"),
+        (Mixes, "test_rows_are_independent", "differs when alone"),
+        (Idle, "test_result_has_the_right_shape", "nothing was edited"),
+        (Doubles, "test_result_has_the_right_shape", "float64"),
+        (MakesNaN, "test_result_has_the_right_shape", "NaN"),
+        (Undeclared, "test_declares_itself", "graph_safe: must be"),
+        (NeverApplies, "test_declares_itself", "applies: must be True"),
+    ],
+)
+def test_a_bad_processor_is_caught(processor, check, message):
+    with pytest.raises(AssertionError, match=message):
+        getattr(ProcessorKit(), check)(processor_part(processor))
+
+
+# --- schedulers ------------------------------------------------------------------------------------------------------
+
+
+class Fair:
+    """First come, first served."""
+
+    def __init__(self, config):
+        """Keep nothing."""
+
+    def order(self, request):
+        return request.arrival
+
+    def schedule(self, state, budget):
+        planner = StepPlanner(state, budget, self.order)
+        position = 0
+        while position < len(state.running):
+            if planner.extend(state.running[position]):
+                position += 1
+            else:
+                planner.preempt(state.running[-1])
+        while not planner.output.preempted and state.waiting and planner.admit(state.waiting.peek()):
+            pass
+        return planner.output
+
+
+class Stalls(Fair):
+    def schedule(self, state, budget):  # noqa: ARG002
+        return SchedulerOutput()
+
+
+class Overspends(Fair):
+    def schedule(self, state, budget):
+        return super().schedule(state, attrs.evolve(budget, max_num_batched_tokens=10**6, max_chunk_tokens=10**6))
+
+
+class OverAdmits(Fair):
+    def schedule(self, state, budget):
+        return super().schedule(state, attrs.evolve(budget, max_num_seqs=100))
+
+
+class Leaks(Fair):
+    """Starts somebody over without giving the blocks back."""
+
+    def schedule(self, state, budget):
+        for request in state.running[1:]:
+            request.live[0].block_table = None
+            request.live[0].num_computed_tokens = 0
+        return super().schedule(state, budget)
+
+
+class SchedulerKit(SchedulerConformance):
+    plugin = "acme"
+    name = "acme"
+
+
+@pytest.mark.parametrize("check", [name for name in vars(SchedulerConformance) if name.startswith("test_")])
+def test_a_good_scheduler_passes(check):
+    getattr(SchedulerKit(), check)(make_part(Fair, "schedulers", specs.SchedulerSpec))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (Stalls, "a step runs nothing"),
+        (Overspends, "step of .* tokens"),
+        (OverAdmits, "sequences run"),
+        (Leaks, "block"),
+    ],
+)
+def test_a_bad_scheduler_is_caught(scheduler, message):
+    with pytest.raises(Exception, match=message):
+        SchedulerKit().test_everything_finishes_within_budget(make_part(scheduler, "schedulers", specs.SchedulerSpec))
+
+
+# --- builders and strategies -----------------------------------------------------------------------------------------
+
+
+def test_metadata_is_what_the_engine_would_build():
+    params = [SamplingParams(top_k=3, seed=9), SamplingParams(temperature=0.0, logprobs=1), SamplingParams(top_p=0.5)]
+    made = make_metadata(params, vocab_size=10, request_ids=["a", "b", "b"], histories=[[1, 2], [3], [3, 4, 5]])
+    assert made.num_rows == 3
+    assert made.top_k.tolist() == [3, 10, 10]
+    assert made.seeds.tolist() == [9, 0, 0]
+    assert made.sequence_indices.tolist() == [0, 0, 1]
+    assert made.positions.tolist() == [2, 1, 3]
+    assert made.temperature.dtype == made.top_p.dtype == made.min_p.dtype == torch.float32
+    assert (made.all_greedy, made.any_top_k, made.any_top_p, made.any_min_p, made.need_logprobs) == (
+        *(False, True, True, False, True),
+    )
+    assert make_metadata(params[1:2], vocab_size=10).all_greedy
+
+
+def test_logits_depend_on_the_history_alone():
+    assert torch.equal(logits_of([1, 2], 8), logits_of((1, 2), 8))
+    assert not torch.equal(logits_of([1, 2], 8), logits_of([2, 1], 8))
+
+
+@given(made=strategies.metadata(vocab_size=7), logits=strategies.logits(rows=5, vocab_size=7))
+def test_a_generated_batch_can_be_sampled(made, logits):
+    output = Random(7, "cpu").step(logits[: made.num_rows], made)
+    check_sampler_output(output, made, 7)
+    chosen = logits[: made.num_rows].gather(1, output.tokens)
+    assert torch.isfinite(chosen).all()
+
+
+def test_the_harness_reparents_as_the_output_says():
+    request = make_request("r", SamplingParams(), prompt=[1])
+    harness = SamplerHarness(FanOut(8, "cpu"), 8, logits_of=lambda history, size: torch.arange(size) * 1.0)
+    harness.add(request)
+    harness.step()
+    assert [sequence.data.output_token_ids for sequence in request.live] == [[7], [6], [5]]
+    assert [sequence.index for sequence in request.live] == [0, 1, 2]
+    harness.step()
+    assert [sequence.data.output_token_ids for sequence in request.live] == [[7, 7], [7, 6], [5, 5]]
+    assert [sequence.index for sequence in request.live] == [0, 3, 2]
