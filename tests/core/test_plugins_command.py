@@ -62,7 +62,8 @@ def three(site, monkeypatch):
     return site
 
 
-def test_list_shows_good_broken_and_blocked(three, run):
+@pytest.mark.usefixtures("three")
+def test_list_shows_good_broken_and_blocked(run):
     rows = {line.split("  ")[0]: line for line in run("list").splitlines()}
     assert "acme-good 1.2" in rows["acme-good"]
     assert rows["acme-good"].endswith("loaded   samplers: acme")
@@ -71,7 +72,8 @@ def test_list_shows_good_broken_and_blocked(three, run):
     assert rows["folo-core"].endswith("executors: in-process")
 
 
-def test_list_as_json(three, run):
+@pytest.mark.usefixtures("three")
+def test_list_as_json(run):
     rows = {row["name"]: row for row in json.loads(run("list", "--json"))}
     assert rows["acme-good"] == {
         "name": "acme-good",
@@ -87,7 +89,8 @@ def test_list_as_json(three, run):
     assert list(rows) == sorted(rows)
 
 
-def test_show_gives_hooks_parts_and_documented_options(three, run):
+@pytest.mark.usefixtures("three")
+def test_show_gives_hooks_parts_and_documented_options(run):
     text = run("show", "acme-good")
     assert "acme-good (acme-good 1.2), loaded" in text
     assert "folo_samplers" in text
@@ -97,7 +100,8 @@ def test_show_gives_hooks_parts_and_documented_options(three, run):
     assert "temperature" not in text  # inherited options are SamplingParams' own business
 
 
-def test_show_as_json(three, run):
+@pytest.mark.usefixtures("three")
+def test_show_as_json(run):
     shown = json.loads(run("show", "acme-good", "--json"))
     [part] = shown["hooks"]["folo_samplers"]
     assert part["capabilities"] == ["deterministic", "logprobs"]
@@ -114,13 +118,15 @@ def test_show_as_json(three, run):
     ]
 
 
-def test_show_explains_broken_and_blocked_plugins(three, run):
+@pytest.mark.usefixtures("three")
+def test_show_explains_broken_and_blocked_plugins(run):
     assert "no_such_module_anywhere" in run("show", "acme-broken")
     assert "FOLO_BLOCK" in run("show", "acme-blocked")
     assert json.loads(run("show", "acme-broken", "--json"))["problem"] == "import"
 
 
-def test_show_of_an_unknown_name_lists_what_there_is(three, run):
+@pytest.mark.usefixtures("three")
+def test_show_of_an_unknown_name_lists_what_there_is(run):
     with pytest.raises(PluginError, match=r"no plugin or distribution is called 'nope'; installed: .*acme-good"):
         run("show", "nope")
 
