@@ -187,7 +187,7 @@ class _Loader:
         hooks = [caller.name for caller in self.manager.get_hookcallers(plugin) or []]
         if not hooks:
             raise _Flaw("hooks", "it implements no hook: mark functions with folo_core.plugins.hookimpl")
-        parts = [part for hook in sorted(hooks) for part in self._call(hook, plugin, source)]
+        parts = [part for hook in sorted(set(hooks)) for part in self._call(hook, plugin, source)]
         twice = [key for key, count in Counter((part.kind, part.name) for part in parts).items() if count > 1]
         if twice:
             raise _Flaw("hooks", f"it offers {twice[0][0]} {twice[0][1]!r} twice: give each its own name")
