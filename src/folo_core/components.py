@@ -38,6 +38,8 @@ class SamplerTable:
 
     claims: Mapping[object, tuple[str, ...]]
     """Params class or SamplingType to the qualified names of the samplers that claim it."""
+    plain: frozenset[type[SamplingParams]] = frozenset({SamplingParams})
+    """Classes served by their sampling type: SamplingParams, and those that logits processors add fields to it with."""
 
     def find(self, params: SamplingParams) -> str:
         """Return the sampler's qualified name.
@@ -46,7 +48,7 @@ class SamplerTable:
             ParamsError: no installed sampler serves these parameters, or more than one does.
         """
         asked = f"params: {type(params).__name__} with sampling type {params.sampling_type.name}"
-        plain = type(params) is SamplingParams
+        plain = type(params) in self.plain
         names = self.claims.get(params.sampling_type if plain else type(params), ())
         if len(names) == 1:
             return names[0]

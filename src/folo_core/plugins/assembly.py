@@ -11,6 +11,7 @@ import attrs
 from folo_core.components import Components, ExecutorParts, SamplerTable
 from folo_core.errors import ConfigError, ModelLoadError, PluginError
 from folo_core.execution.parts import NamedPart
+from folo_core.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -58,7 +59,7 @@ def build_components(config: EngineConfig, registry: Registry) -> Components:
         scheduler=_named(registry.get("schedulers", config.scheduler.policy), config.scheduler),
         executor=_choose_executor(config, registry).build(parts),
         processors=parts.processors,
-        sampler_table=_sampler_table(registry.all("samplers"), parts.samplers),
+        sampler_table=_sampler_table(registry, parts.samplers),
         kv_blocks=num_blocks,
         observers=tuple(p.part for p in _build_each(registry.all("observers"), config, config).values()),
     )
@@ -150,14 +151,18 @@ def _build_each(parts: Iterable[Part], config: EngineConfig, *args: object) -> d
     return built
 
 
-def _sampler_table(parts: Iterable[Part], built: dict[str, NamedPart] | Any) -> SamplerTable:  # noqa: ANN401 (Mapping)
+def _sampler_table(registry: Registry, built: dict[str, NamedPart]) -> SamplerTable:
     """Index samplers by what they serve; what two of them claim is refused when a request asks for it."""
     table: dict[object, list[str]] = {}
-    for part in parts:
+    for part in registry.all("samplers"):
         if part.qualified_name in built:
             for claim in part.spec.sampling_types or [part.spec.params_type]:
                 table.setdefault(claim, []).append(part.qualified_name)
-    return SamplerTable(claims={claim: tuple(names) for claim, names in table.items()})
+    # A class that any sampler names, even one that failed to build, is a strategy: it never falls back to a plain one.
+    strategies = {part.spec.params_type for part in registry.all("samplers")} - {SamplingParams}
+    plain = {SamplingParams, *(part.spec.params_type for part in registry.all("logits_processors"))} - strategies
+    claims = {claim: tuple(names) for claim, names in table.items()}
+    return SamplerTable(claims=claims, plain=frozenset(plain))
 
 
 def _size_cache(config: EngineConfig, info: ModelInfo, device: Any) -> tuple[EngineConfig, int]:  # noqa: ANN401 (torch.device)
