@@ -76,7 +76,7 @@ class Measurement:
 
 
 @app.command()
-def throughput(  # noqa: PLR0913, PLR0917 (options of a command)
+def throughput(
     model: Model = "demo",
     requests: Annotated[int, typer.Option(min=1, help="Requests, all sent at once.")] = 32,
     prompt_tokens: Annotated[str, typer.Option(help="Prompt length, or a range of them.")] = "16-256",
@@ -86,7 +86,7 @@ def throughput(  # noqa: PLR0913, PLR0917 (options of a command)
     threads: Threads = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
-    as_json: AsJson = False,  # noqa: FBT002
+    as_json: AsJson = False,
 ) -> None:
     """Output tokens per second of many requests at once."""
     llm = _open(model, dtype, threads, requests)
@@ -109,7 +109,7 @@ def throughput(  # noqa: PLR0913, PLR0917 (options of a command)
 
 
 @app.command()
-def latency(  # noqa: PLR0913, PLR0917 (options of a command)
+def latency(
     model: Model = "demo",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Prompt length.")] = 64,
     output_tokens: Annotated[int, typer.Option(min=2, help="Output length.")] = 64,
@@ -118,7 +118,7 @@ def latency(  # noqa: PLR0913, PLR0917 (options of a command)
     threads: Threads = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
-    as_json: AsJson = False,  # noqa: FBT002
+    as_json: AsJson = False,
 ) -> None:
     """Milliseconds to the first token, and for each further token, of one request alone."""
     llm = _open(model, dtype, threads, 1)
