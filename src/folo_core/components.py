@@ -20,6 +20,18 @@ if TYPE_CHECKING:
     from folo_core.execution.parts import NamedPart
 
 
+PROCESSOR_FIELDS = (
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "min_tokens",
+    "bad_words",
+    "allowed_token_ids",
+)
+"""Fields of SamplingParams that only a logits processor can honour."""
+
+
 @attrs.frozen(slots=True, kw_only=True)
 class ExecutorParts:
     """What an executor's factory gets."""
@@ -75,6 +87,8 @@ class Components:
     executor: Executor
     processors: tuple[NamedPart, ...]
     sampler_table: SamplerTable
+    served_fields: frozenset[str] = frozenset()
+    """Fields of SamplingParams that some installed logits processor serves."""
     kv_blocks: int
     """KV blocks, the null block included."""
     observers: tuple[Observer, ...] = ()
@@ -86,3 +100,18 @@ class Components:
             ParamsError: none does.
         """
         return self.sampler_table.find(params)
+
+    def check_served(self, params: SamplingParams) -> None:
+        """Refuse parameters that no installed logits processor would honour.
+
+        Raises:
+            ParamsError: one line for every such field.
+        """
+        defaults = attrs.fields_dict(SamplingParams)
+        problems = [
+            f"{name}: {getattr(params, name)!r}: no installed logits processor serves it; install folo-sampling or unblock it"
+            for name in PROCESSOR_FIELDS
+            if name not in self.served_fields and getattr(params, name) != defaults[name].default
+        ]
+        if problems:
+            raise ParamsError(problems)

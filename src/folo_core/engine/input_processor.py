@@ -150,6 +150,7 @@ class InputProcessor:
             max_logprobs=config.max_logprobs,
             max_sequences=config.max_sequences_per_request,
         )
+        self.components.check_served(params)
         if self.tokenizer is None and (params.stop or params.bad_words):
             message = "stop, bad_words: they are text, but skip_tokenizer_init=True: use stop_token_ids"
             raise ParamsError(message)

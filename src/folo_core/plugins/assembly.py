@@ -60,6 +60,7 @@ def build_components(config: EngineConfig, registry: Registry) -> Components:
         executor=_choose_executor(config, registry).build(parts),
         processors=parts.processors,
         sampler_table=_sampler_table(registry, parts.samplers),
+        served_fields=frozenset().union(*(part.spec.serves for part in registry.all("logits_processors"))),
         kv_blocks=num_blocks,
         observers=tuple(p.part for p in _build_each(registry.all("observers"), config, config).values()),
     )

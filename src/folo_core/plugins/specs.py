@@ -112,6 +112,9 @@ class LogitsProcessorSpec(Spec):
     """``factory(vocab_size: int, device: torch.device) -> LogitsProcessor``."""
     stage: int = 500
     """Lower runs earlier. Folo's own: penalties 200, bias 300, min tokens 400, bad words 600, allowed ids 800."""
+    serves: frozenset[str] = attrs.field(factory=frozenset, converter=_as_flags)
+    """Fields of SamplingParams that mean nothing without this processor: a request that sets one which no
+    installed processor serves is refused rather than answered as if it had not."""
     params_type: type[SamplingParams] = SamplingParams
     """The class whose fields the processor reads, for ``folo plugins show``; any sampler may serve it."""
 

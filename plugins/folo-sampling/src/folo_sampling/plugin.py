@@ -84,18 +84,34 @@ def folo_logits_processors() -> tuple[LogitsProcessorSpec, ...]:
             help="repetition, presence and frequency penalties",
             factory=_penalties,
             stage=200,
-        ),
-        LogitsProcessorSpec(name="bias", help="logit_bias: raise or lower single tokens", factory=_bias, stage=300),
-        LogitsProcessorSpec(
-            name="min-tokens", help="min_tokens: no stop token before that many tokens", factory=_min_tokens, stage=400
+            serves={"repetition_penalty", "presence_penalty", "frequency_penalty"},
         ),
         LogitsProcessorSpec(
-            name="bad-words", help="bad_words: words that are never generated", factory=_bad_words, stage=600
+            name="bias",
+            help="logit_bias: raise or lower single tokens",
+            factory=_bias,
+            stage=300,
+            serves={"logit_bias"},
+        ),
+        LogitsProcessorSpec(
+            name="min-tokens",
+            help="min_tokens: no stop token before that many tokens",
+            factory=_min_tokens,
+            stage=400,
+            serves={"min_tokens"},
+        ),
+        LogitsProcessorSpec(
+            name="bad-words",
+            help="bad_words: words that are never generated",
+            factory=_bad_words,
+            stage=600,
+            serves={"bad_words"},
         ),
         LogitsProcessorSpec(
             name="allowed-tokens",
             help="allowed_token_ids: only these tokens are generated",
             factory=_allowed,
             stage=800,
+            serves={"allowed_token_ids"},
         ),
     )
