@@ -23,10 +23,9 @@ from folo_core.validation import (
     as_int,
     as_optional_int,
     boolean,
-    custom,
-    every,
     integer,
     number,
+    rule,
     show,
 )
 
@@ -121,22 +120,9 @@ def _as_bounded(bias: Data) -> Data:
     return max(-BIAS_LIMIT, min(BIAS_LIMIT, bias)) if type(bias) is float and math.isfinite(bias) else bias
 
 
-def _is_choice(ids: tuple[Any, ...]) -> bool:
-    return bool(ids) and are_token_ids(ids)
-
-
-def _judge_bias(value: object) -> str | None:
-    fine = value is None or (
-        isinstance(value, FrozenMap)
-        and are_token_ids(value)
-        and all(type(bias) is float and math.isfinite(bias) for bias in value.values())
-    )
-    return None if fine else "must map token ids (integers >= 0, each once) to finite numbers, or be None"
-
-
-def _judge_output_kind(value: object) -> str | None:
-    kinds = ", ".join(RequestOutputKind.__members__)
-    return None if isinstance(value, RequestOutputKind) else f"must be a RequestOutputKind or one of {kinds}"
+def _are_biases(value: object) -> bool:
+    fine = isinstance(value, FrozenMap) and are_token_ids(value)
+    return fine and all(type(bias) is float and math.isfinite(bias) for bias in value.values())
 
 
 def _best_of_covers_n(params: SamplingParams) -> str | None:
@@ -162,6 +148,10 @@ def _greedy_is_single(params: SamplingParams) -> str | None:
     if type(params) is not SamplingParams or params.temperature > 0 or params.best_of == 1:
         return None
     return f"temperature: {params.temperature}: greedy decoding gives {params.best_of} equal answers; use > 0 or n=1"
+
+
+_KINDS = f"must be a RequestOutputKind or one of {', '.join(RequestOutputKind.__members__)}"
+_BIASES = "must map token ids (integers >= 0, each once) to finite numbers"
 
 
 @attrs.frozen(slots=True, kw_only=True, repr=False)
@@ -204,15 +194,15 @@ class SamplingParams(Checked):
     )
     """Fixes the request's random choices; None or -1 draws from the engine's seed."""
     stop: tuple[str, ...] = attrs.field(
-        default=(), converter=_as_texts, metadata=every(are_texts, "must be non-empty text or a list of it")
+        default=(), converter=_as_texts, metadata=rule(are_texts, "must be non-empty text or a list of it")
     )
     """Strings that end the answer."""
     stop_token_ids: tuple[int, ...] = attrs.field(
-        default=(), converter=_as_ids, metadata=every(are_token_ids, "must be a list of token ids (integers >= 0)")
+        default=(), converter=_as_ids, metadata=rule(are_token_ids, "must be a list of token ids (integers >= 0)")
     )
     """Tokens that end the answer."""
     bad_words: tuple[str, ...] = attrs.field(
-        default=(), converter=_as_texts, metadata=every(are_texts, "must be a list of non-empty text")
+        default=(), converter=_as_texts, metadata=rule(are_texts, "must be a list of non-empty text")
     )
     """Words that are never generated."""
     ignore_eos: bool = attrs.field(default=False, metadata=boolean())
@@ -234,17 +224,21 @@ class SamplingParams(Checked):
     include_stop_str_in_output: bool = attrs.field(default=False, metadata=boolean())
     """Keep the stop string at the end of the text."""
     output_kind: RequestOutputKind = attrs.field(
-        default=RequestOutputKind.CUMULATIVE, converter=_as_output_kind, metadata=custom(_judge_output_kind)
+        default=RequestOutputKind.CUMULATIVE,
+        converter=_as_output_kind,
+        metadata=rule(lambda kind: isinstance(kind, RequestOutputKind), _KINDS),
     )
     """What each streamed output carries."""
     logit_bias: Mapping[int, float] | None = attrs.field(
-        default=None, converter=_as_bias, hash=False, metadata=custom(_judge_bias)
+        default=None, converter=_as_bias, hash=False, metadata=rule(_are_biases, _BIASES, optional=True)
     )
     """Added to the logits of the given tokens, clamped to plus or minus 100; an immutable copy."""
     allowed_token_ids: tuple[int, ...] | None = attrs.field(
         default=None,
         converter=_as_optional_ids,
-        metadata=every(_is_choice, "must be a non-empty list of token ids, or None", optional=True),
+        metadata=rule(
+            lambda ids: bool(ids) and are_token_ids(ids), "must be a non-empty list of token ids", optional=True
+        ),
     )
     """Only these tokens may be generated."""
     resolved_eos: tuple[int, ...] = attrs.field(default=(), eq=False, metadata=INTERNAL)

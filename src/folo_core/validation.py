@@ -22,7 +22,7 @@ import attrs
 from folo_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Iterator
 
 Rule = Callable[[Any], str | None]
 """Returns None when the value is fine, else the mend (``must be an integer >= 1``)."""
@@ -197,72 +197,51 @@ def show(value: object) -> str:
 # --- rules ---------------------------------------------------------------------------------------------------------
 
 
-def integer(*, low: int | None = None, high: int | None = None, optional: bool = False) -> dict[str, Rule]:
-    """Metadata for an integer within inclusive bounds; a bool is no integer."""
-    mend = f"must be an integer{_span(low, high)}{_OR_NONE[optional]}"
+def rule(fine: Callable[[Any], bool], mend: str, *, optional: bool = False) -> dict[str, Rule]:
+    """Metadata for a field whose value is ``fine``, or None if ``optional``; ``mend`` says what it must be."""
+    mend = f"{mend} or None" if optional else mend
 
     def judge(value: object) -> str | None:
-        if value is None:
-            return None if optional else mend
-        if type(value) is not int or (low is not None and value < low) or (high is not None and value > high):
-            return mend
-        return None
+        return None if (value is None and optional) or fine(value) else mend
 
     return {_RULE: judge}
+
+
+def integer(*, low: int | None = None, high: int | None = None, optional: bool = False) -> dict[str, Rule]:
+    """Metadata for an integer within inclusive bounds; a bool is no integer."""
+
+    def fine(value: object) -> bool:
+        return type(value) is int and (low is None or value >= low) and (high is None or value <= high)
+
+    return rule(fine, f"must be an integer{_span(low, high)}", optional=optional)
 
 
 def number(*, low: float | None = None, high: float | None = None, above: float | None = None) -> dict[str, Rule]:
     """Metadata for a finite float within inclusive bounds, or greater than ``above``."""
-    mend = f"must be a finite number{_span(low, high, above)}"
+    least, most, floor = (-math.inf if low is None else low), (math.inf if high is None else high), above
 
-    def judge(value: object) -> str | None:
+    def fine(value: object) -> bool:
         if type(value) is not float or not math.isfinite(value):
-            return mend
-        if (low is not None and value < low) or (high is not None and value > high):
-            return mend
-        return mend if above is not None and value <= above else None
+            return False
+        return least <= value <= most and (floor is None or value > floor)
 
-    return {_RULE: judge}
+    return rule(fine, f"must be a finite number{_span(low, high, above)}")
 
 
 def boolean() -> dict[str, Rule]:
     """Metadata for True or False, and nothing that merely looks like it."""
-    return {_RULE: lambda value: None if type(value) is bool else "must be true or false"}
+    return rule(lambda value: type(value) is bool, "must be true or false")
 
 
-def text(*, optional: bool = False, pattern: str = "", mend: str = "") -> dict[str, Rule]:
-    """Metadata for non-empty text that UTF-8 can encode, optionally matching a whole ``pattern``."""
-    mend = f"{mend or 'must be non-empty text'}{_OR_NONE[optional]}"
-    matches = re.compile(pattern).fullmatch if pattern else None
-
-    def judge(value: object) -> str | None:
-        if value is None and optional:
-            return None
-        return mend if not is_text(value) or "\0" in value or (matches and not matches(value)) else None
-
-    return {_RULE: judge}
+def text(*, optional: bool = False, pattern: str = r"[^\0]+", mend: str = "must be non-empty text") -> dict[str, Rule]:
+    """Metadata for non-empty text that UTF-8 can encode and that matches a whole ``pattern``."""
+    matches = re.compile(pattern).fullmatch
+    return rule(lambda value: is_text(value) and bool(matches(value)), mend, optional=optional)
 
 
 def one_of(*choices: str) -> dict[str, Rule]:
     """Metadata for one of a few words."""
-    mend = f"must be one of {', '.join(choices)}"
-    return {_RULE: lambda value: None if isinstance(value, str) and value in choices else mend}
-
-
-def every(fine: Callable[[tuple[Any, ...]], bool], mend: str, *, optional: bool = False) -> dict[str, Rule]:
-    """Metadata for a tuple whose items are ``fine``."""
-
-    def judge(value: object) -> str | None:
-        if value is None and optional:
-            return None
-        return None if type(value) is tuple and fine(value) else mend
-
-    return {_RULE: judge}
-
-
-def custom(rule: Rule) -> dict[str, Rule]:
-    """Metadata for any other rule."""
-    return {_RULE: rule}
+    return rule(lambda value: isinstance(value, str) and value in choices, f"must be one of {', '.join(choices)}")
 
 
 def _span(low: float | None, high: float | None, above: float | None = None) -> str:
@@ -273,15 +252,19 @@ def _span(low: float | None, high: float | None, above: float | None = None) -> 
     return f" >= {low}" if low is not None else f" <= {high}" if high is not None else ""
 
 
-_OR_NONE = {False: "", True: " or None"}
-
-
 # --- converters and predicates ---------------------------------------------------------------------------------------
 
 
-def are_texts(values: Collection[object]) -> bool:
-    """Whether every value ``is_text``."""
-    return all(map(is_text, values))
+def are_token_ids(values: object) -> bool:
+    """Whether a tuple's items (a FrozenMap's keys) could all be token ids. Lists may be long: no loop in Python."""
+    if not isinstance(values, (tuple, FrozenMap)) or not set(map(type, values)) <= {int}:
+        return False
+    return min(values, default=0) >= 0 and max(values, default=0) <= INT64_MAX
+
+
+def are_texts(values: object) -> bool:
+    """Whether every item of a tuple (every key of a FrozenMap) ``is_text``."""
+    return isinstance(values, (tuple, FrozenMap)) and all(map(is_text, values))
 
 
 def is_text(value: object) -> bool:
@@ -293,11 +276,6 @@ def is_text(value: object) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def are_token_ids(values: Collection[object]) -> bool:
-    """Whether every value is an integer that could be a token id. No Python-level step for each: lists may be long."""
-    return set(map(type, values)) <= {int} and min(values, default=0) >= 0 and max(values, default=0) <= INT64_MAX  # type: ignore[type-var,operator]
 
 
 def as_int(value: int) -> int:

@@ -10,13 +10,14 @@ import sys
 import attrs
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from folo_core.config import structure, unstructure
 from folo_core.errors import FoloError, ParamsError
 from folo_core.sampling_params import RequestOutputKind, SamplingParams, SamplingType, validate_batch
 from folo_core.validation import Checked, FrozenMap, given_fields, integer
-from hypothesis import given
-from hypothesis import strategies as st
-from strategies import BAD_FIELDS, NAN, any_sampling_params, bad_fields
+from strategies import BAD_FIELDS, NAN, any_sampling_params, bad_fields, few
 
 VLLM_DEFAULTS = {
     "n": 1,
@@ -102,7 +103,7 @@ def test_the_message_shows_the_value_shortly():
 
 
 def test_errors_are_value_errors_and_folo_errors():
-    with pytest.raises(ValueError, match="temperature: -1.0: must be a finite number >= 0"):
+    with pytest.raises(ValueError, match=r"temperature: -1\.0: must be a finite number >= 0"):
         SamplingParams(temperature=-1)
     assert issubclass(ParamsError, FoloError)
 
@@ -141,7 +142,7 @@ def test_habits_are_normalised(fields, normal):
 
 @given(any_sampling_params())
 def test_valid_params_hold_their_invariants(params):
-    assert params.best_of >= params.n >= 1
+    assert params.num_sequences == params.best_of >= params.n >= 1
     assert params.max_tokens is None or params.min_tokens <= params.max_tokens
     assert params.temperature == 0 or params.temperature >= 1e-5
     assert all(-100 <= bias <= 100 for bias in (params.logit_bias or {}).values())
@@ -280,15 +281,16 @@ class TestValidateBatch:
         starts = [line.split(": ")[0] for line in caught.value.problems]
         assert starts == ["[1].stop_token_ids", "[3].n", "[3].logprobs"]
 
+    @few
     @given(st.lists(any_sampling_params(), max_size=5), st.integers(1, 300_000))
     def test_refuses_exactly_what_one_by_one_refuses(self, batch, vocab):
         expected = [f"[{i}].{line}" for i, params in enumerate(batch) for line in params.problems_for(vocab)]
+        found = []
         try:
             validate_batch([*batch, *batch], vocab_size=vocab)
         except ParamsError as error:
-            assert error.problems == expected
-        else:
-            assert expected == []
+            found = error.problems
+        assert found == expected
 
 
 @attrs.frozen(slots=True, kw_only=True)

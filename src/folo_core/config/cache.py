@@ -15,9 +15,9 @@ from folo_core.validation import (
     as_int,
     as_optional_int,
     boolean,
-    custom,
     integer,
     number,
+    rule,
 )
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ MAX_BLOCK_SIZE = 256
 _UNITS = {"": 1} | {f"{p}b": 1000**i for i, p in enumerate(("", "k", "m", "g", "t"))}
 _UNITS |= {f"{p}ib": 1024**i for i, p in enumerate("kmgt", start=1)}
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*([a-z]*)", re.ASCII)
-_SIZE_MEND = "must be a size: a whole number of bytes, or text such as '2GiB' or '512 MiB'"
 
 
 def as_bytes(value: int | str) -> Data:
@@ -50,17 +49,12 @@ def as_optional_bytes(value: int | str | None) -> Data:
 
 
 def _size(*, low: int, optional: bool = False) -> dict[str, Any]:
-    def judge(value: object) -> str | None:
-        if value is None and optional:
-            return None
-        return None if type(value) is int and low <= value <= INT64_MAX else f"{_SIZE_MEND}, at least {low}"
-
-    return custom(judge)
+    mend = f"must be a size of at least {low}: a whole number of bytes, or text such as '2GiB' or '512 MiB'"
+    return rule(lambda value: type(value) is int and low <= value <= INT64_MAX, mend, optional=optional)
 
 
-def _judge_block_size(value: object) -> str | None:
-    fine = type(value) is int and 1 <= value <= MAX_BLOCK_SIZE and value & (value - 1) == 0
-    return None if fine else f"must be a power of two from 1 to {MAX_BLOCK_SIZE}"
+def _is_block_size(value: object) -> bool:
+    return type(value) is int and 1 <= value <= MAX_BLOCK_SIZE and value & (value - 1) == 0
 
 
 def _one_budget(cache: CacheConfig) -> str | None:
@@ -91,7 +85,11 @@ class CacheConfig(Checked):
         Relation(("prefix_cache_size", "num_blocks"), _prefix_cache_fits),
     )
 
-    block_size: int = attrs.field(default=16, converter=as_int, metadata=custom(_judge_block_size))
+    block_size: int = attrs.field(
+        default=16,
+        converter=as_int,
+        metadata=rule(_is_block_size, f"must be a power of two from 1 to {MAX_BLOCK_SIZE}"),
+    )
     """Tokens per block; a power of two."""
     gpu_memory_utilization: float = attrs.field(default=0.9, converter=as_float, metadata=number(above=0, high=1))
     """Share of the device's memory for weights, activations and cache together."""

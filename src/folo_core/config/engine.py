@@ -24,15 +24,14 @@ from folo_core.validation import (
     as_float,
     as_int,
     boolean,
-    custom,
-    every,
     integer,
+    is_text,
+    rule,
     show,
     under,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
 
     from folo_core.config.migrations import Migration
     from folo_core.validation import (
@@ -67,30 +66,27 @@ def _names(value: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
-def _is(cls: type) -> dict[str, Callable[[Any], str | None]]:
-    mend = f"must be a {cls.__name__} or a table of its fields"
-    return custom(lambda value: None if isinstance(value, cls) else mend)
+def _is(cls: type) -> dict[str, Any]:
+    return rule(lambda value: isinstance(value, cls), f"must be a {cls.__name__} or a table of its fields")
 
 
-def _judge_timeout(value: object) -> str | None:
-    fine = value is None or (type(value) is float and 0 < value < math.inf)
-    return None if fine else "must be a number of seconds > 0, or None"
-
-
-def _judge_plugins(value: object) -> str | None:
-    fine = isinstance(value, FrozenMap) and are_texts(value) and all(map(_is_section, value.values()))
-    return None if fine else f"must map plugin section names to tables of {_PLAIN}"
-
-
-def _is_section(value: object) -> bool:
-    return attrs.has(type(value)) or (isinstance(value, FrozenMap) and _is_plain(value))
-
-
-def _judge_extra(value: object) -> str | None:
-    return None if isinstance(value, FrozenMap) and _is_plain(value) else f"must be a table of {_PLAIN}"
+def _is_timeout(value: object) -> bool:
+    return type(value) is float and 0 < value < math.inf
 
 
 _PLAIN = f"JSON values (text keys; text, finite numbers, true, false, lists and tables up to {MAX_DEPTH} deep)"
+
+
+def _are_sections(value: object) -> bool:
+    return isinstance(value, FrozenMap) and are_texts(value) and all(map(_is_section, value.values()))
+
+
+def _is_section(value: object) -> bool:
+    return attrs.has(type(value)) or _is_table(value)
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, FrozenMap) and _is_plain(value)
 
 
 def _is_plain(value: object) -> bool:
@@ -100,7 +96,7 @@ def _is_plain(value: object) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_plain, value))
     if type(value) is str:
-        return value == "" or are_texts([value])
+        return value == "" or is_text(value)
     return value is None or type(value) in {bool, int} or (type(value) is float and math.isfinite(value))
 
 
@@ -137,22 +133,30 @@ class EngineConfig(Checked):
         factory=SchedulerConfig, converter=_scheduler, metadata=_is(SchedulerConfig)
     )
     parallel: ParallelConfig = attrs.field(factory=ParallelConfig, converter=_parallel, metadata=_is(ParallelConfig))
-    plugins: Mapping[str, Any] = attrs.field(factory=FrozenMap, converter=freeze, metadata=custom(_judge_plugins))
+    plugins: Mapping[str, Any] = attrs.field(
+        factory=FrozenMap,
+        converter=freeze,
+        metadata=rule(_are_sections, f"must map plugin section names to tables of {_PLAIN}"),
+    )
     """Plugin section name to the plugin's own attrs object, or to a plain table until ``with_sections`` types it."""
-    extra_config: Mapping[str, Any] = attrs.field(factory=FrozenMap, converter=freeze, metadata=custom(_judge_extra))
+    extra_config: Mapping[str, Any] = attrs.field(
+        factory=FrozenMap, converter=freeze, metadata=rule(_is_table, f"must be a table of {_PLAIN}")
+    )
     """Anything that no section claims; read it with ``extra_config.get(name, default)``."""
     max_logprobs: int = attrs.field(default=20, converter=as_int, metadata=integer(low=-1))
     """Most log probabilities a request may ask for at each position; -1 for the whole vocabulary."""
     max_sequences_per_request: int = attrs.field(default=256, converter=as_int, metadata=integer(low=1))
     """Cap on n, best_of and beam width."""
     step_timeout_s: float | None = attrs.field(
-        default=None, converter=attrs.converters.optional(as_float), metadata=custom(_judge_timeout)
+        default=None,
+        converter=attrs.converters.optional(as_float),
+        metadata=rule(_is_timeout, "must be a number of seconds > 0", optional=True),
     )
     """Seconds after which a step counts as hung; None for never."""
     strict_plugins: bool = attrs.field(default=False, metadata=boolean())
     """Refuse to start when any installed plugin is broken or clashes."""
     blocked_plugins: tuple[str, ...] = attrs.field(
-        default=(), converter=_names, metadata=every(are_texts, "must be a list of plugin names")
+        default=(), converter=_names, metadata=rule(are_texts, "must be a list of plugin names")
     )
     """Plugins to leave out."""
     config_version: int = attrs.field(

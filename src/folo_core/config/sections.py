@@ -29,7 +29,7 @@ MAX_DEPTH = 32
 """Deepest nesting of untyped data."""
 
 HINTS: dict[object, str] = {
-    "trust_remote_code": "Folo never runs code from a model's folder; use an architecture that transformers has",
+    "trust_remote_code": "Folo runs no code from a model's folder; choose an architecture of transformers",
     "gpu_memory_fraction": "the version 1 name of cache.gpu_memory_utilization; give that one alone",
 }
 """Mends for names that are not fields but that people try."""
@@ -147,11 +147,10 @@ def _structure_fields(made: Converter, cls: type, value: object) -> Data:
     if not isinstance(value, Mapping):
         raise error(f": {show(value)}: must be a table with the fields {', '.join(fields)}")
     problems = [f"{name}: {show(item)}: {suggest(name, fields)}" for name, item in value.items() if name not in fields]
-    given = {name: _structure_one(made, field, value[name]) for name, field in fields.items() if name in value}
-    given |= {
-        name: Rejected([f": missing: {_mend_of(field)}"])
+    given = {
+        name: _structure_one(made, field, value[name]) if name in value else Rejected([f": missing: {_mend_of(field)}"])
         for name, field in fields.items()
-        if name not in value and field.default is attrs.NOTHING
+        if name in value or field.default is attrs.NOTHING
     }
     if not issubclass(cls, Checked):
         problems += _judge_plain(fields, given)
