@@ -15,7 +15,6 @@ import attrs
 
 from folo_core.errors import FoloError, PluginError
 from folo_core.plugins import hookspecs, specs
-from folo_core.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -259,11 +258,10 @@ def _name_clash(kind: str, name: str, parts: Sequence[Part]) -> Clash:
 
 
 def _claims(part: Part) -> Iterable[str]:
-    """What requests a sampler claims: its own params class, or sampling types of the plain one."""
+    """What requests a sampler claims: sampling types of plain SamplingParams, or else its params class."""
     params_type = part.spec.params_type
-    if params_type is not SamplingParams:
-        return [f"{params_type.__module__}.{params_type.__qualname__}"]
-    return [f"SamplingParams with sampling type {kind.name}" for kind in part.spec.sampling_types]
+    types = [f"SamplingParams with sampling type {kind.name}" for kind in part.spec.sampling_types]
+    return types or [f"{params_type.__module__}.{params_type.__qualname__}"]
 
 
 def _find_clashes(by_kind: Mapping[str, tuple[Part, ...]]) -> Iterable[Clash]:
