@@ -65,14 +65,14 @@ class RequestOutputKind(enum.Enum):
 def _as_texts(value: str | Sequence[str] | None) -> Data:
     if value is None or isinstance(value, str):
         return () if value is None else (value,)
-    return tuple(value) if isinstance(value, (list, tuple)) else value
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _as_ids(value: Collection[int] | None) -> Data:
-    if type(value) is tuple and are_token_ids(value):
-        return value
-    if value is None:
+    if value is None or (type(value) is tuple and not value):
         return ()
+    if are_token_ids(value):
+        return value
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Collection):
         return value
     return tuple(map(as_int, value))
@@ -102,7 +102,7 @@ def _as_output_kind(value: RequestOutputKind | str) -> Data:
 
 
 def _as_bias(value: Mapping[Any, float] | None) -> Data:
-    if not isinstance(value, Mapping):
+    if value is None or not isinstance(value, Mapping):
         return value
     biases = FrozenMap({_as_token(key): _as_bounded(bias) for key, bias in value.items()})
     return biases if len(biases) == len(value) else dict(value)  # "12" beside 12 is refused, not decided
@@ -121,7 +121,7 @@ def _as_bounded(bias: Data) -> Data:
 
 
 def _are_biases(value: object) -> bool:
-    fine = isinstance(value, FrozenMap) and are_token_ids(value)
+    fine = isinstance(value, FrozenMap) and are_token_ids(tuple(value))
     return fine and all(type(bias) is float and math.isfinite(bias) for bias in value.values())
 
 

@@ -256,15 +256,15 @@ def _span(low: float | None, high: float | None, above: float | None = None) -> 
 
 
 def are_token_ids(values: object) -> bool:
-    """Whether a tuple's items (a FrozenMap's keys) could all be token ids. Lists may be long: no loop in Python."""
-    if not isinstance(values, (tuple, FrozenMap)) or not set(map(type, values)) <= {int}:
+    """Whether this is a tuple of what could be token ids. It may be long, so no loop runs in Python."""
+    if type(values) is not tuple or not set(map(type, values)) <= {int}:
         return False
     return min(values, default=0) >= 0 and max(values, default=0) <= INT64_MAX
 
 
 def are_texts(values: object) -> bool:
-    """Whether every item of a tuple (every key of a FrozenMap) ``is_text``."""
-    return isinstance(values, (tuple, FrozenMap)) and all(map(is_text, values))
+    """Whether this is a tuple whose every item ``is_text``."""
+    return type(values) is tuple and all(map(is_text, values))
 
 
 def is_text(value: object) -> bool:

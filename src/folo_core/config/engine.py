@@ -78,7 +78,7 @@ _PLAIN = f"JSON values (text keys; text, finite numbers, true, false, lists and 
 
 
 def _are_sections(value: object) -> bool:
-    return isinstance(value, FrozenMap) and are_texts(value) and all(map(_is_section, value.values()))
+    return isinstance(value, FrozenMap) and are_texts(tuple(value)) and all(map(_is_section, value.values()))
 
 
 def _is_section(value: object) -> bool:
