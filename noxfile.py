@@ -152,7 +152,7 @@ def third_party_requirements(wheelhouse: Path) -> list[str]:
 @nox.session
 def wheels(session: nox.Session) -> None:
     """Build every distribution, install from the wheelhouse alone, and generate text with no source in sight."""
-    wheelhouse = Path(session.create_tmp()) / "wheelhouse"
+    wheelhouse = Path(session.create_tmp()).resolve() / "wheelhouse"
     shutil.rmtree(wheelhouse, ignore_errors=True)
     sources = [str(ROOT), *(str(ROOT / "plugins" / name) for name in PLUGINS), *third_party_folders()]
     session.install("pip>=25", *group("build"))
@@ -188,7 +188,7 @@ def lowest(session: nox.Session) -> None:
     session.install("pip>=25", *group("build"), *group("tests"), *lowest_pins(), "-c", "constraints.txt")
     folders = [*(f"plugins/{name}" for name in PLUGINS), *third_party_folders()]
     editable = [part for folder in folders for part in ("-e", folder)]
-    pins = Path(session.create_tmp()) / "lowest.txt"
+    pins = Path(session.create_tmp()).resolve() / "lowest.txt"
     pins.write_text("\n".join([*lowest_pins(), *(ROOT / "constraints.txt").read_text().split()]) + "\n")
     session.install("--no-build-isolation", "-c", str(pins), "-e", ".", *editable)
     for folders in SUITES.values():
