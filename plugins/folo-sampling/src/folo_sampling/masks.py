@@ -189,10 +189,11 @@ def _last_bucket(
     top = logits.amax(1, keepdim=True)
     depth = (temperature * ((_MASS_BITS + 1) * math.log(2))).float()
     step = torch.minimum(top - logits.amin(1, keepdim=True), depth).clamp_(min=1e-30) / (_BUCKETS - 1)
-    bucket = (top - logits).div_(step).clamp_(max=_BUCKETS - 1).long()
+    # The second clamp is for rows that hold NaN: they get nonsense, but must not stop their neighbours.
+    bucket = (top - logits).div_(step).clamp_(max=_BUCKETS - 1).long().clamp_(min=0)
     histogram = masses.new_zeros(len(logits), _BUCKETS).scatter_add_(1, bucket, masses)
     running = histogram.cumsum(1)
-    last = torch.searchsorted(running, needed)
+    last = torch.searchsorted(running, needed).clamp_(max=_BUCKETS - 1)
     rows, columns = (bucket == last).nonzero(as_tuple=True)
     counts = torch.bincount(rows, minlength=len(logits))
     places = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
