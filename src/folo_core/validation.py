@@ -91,7 +91,10 @@ class Relation(NamedTuple):
 
 
 class Checked:
-    """Base of attrs classes that report all problems of their fields in one error, at construction."""
+    """Base of attrs classes that report all problems of their fields in one error, at construction.
+
+    A subclass extends ``check``, not ``__attrs_post_init__``.
+    """
 
     __slots__ = ()
     ERROR: ClassVar[type[Exception]] = ConfigError

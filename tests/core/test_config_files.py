@@ -239,6 +239,15 @@ class TestLayers:
             "strict_plugins: 'perhaps': must be true or false",
         ]
 
+    def test_a_layer_does_not_cover_up_a_section_of_the_wrong_type(self):
+        assert problems(load, {"cache": 5}, options={"model": "demo"}) == [
+            "cache: 5: must be a CacheConfig or a table of its fields"
+        ]
+
+    def test_nothing_at_all_asks_for_a_model(self):
+        for lines in (problems(load), problems(load, env={}, options={})):
+            assert [line.split(": ")[:2] for line in lines] == [["model.model", "missing"]]
+
     def test_problems_of_all_layers_come_together(self):
         lines = problems(
             load,

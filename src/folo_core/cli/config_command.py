@@ -24,7 +24,7 @@ Env = Annotated[bool, typer.Option(help="Read FOLO_SECTION__FIELD variables over
 
 
 @app.command()
-def show(file: ConfigFile = None, env: Env = True, as_json: AsJson = False) -> None:  # noqa: FBT002 (flags)
+def show(file: ConfigFile = None, env: Env = True, as_json: AsJson = False) -> None:
     """Print the whole configuration, defaults and plugin sections included, as TOML that can be edited and loaded."""
     try:
         config = _load(file or {"model": {"model": "demo"}}, env=env)
@@ -35,7 +35,7 @@ def show(file: ConfigFile = None, env: Env = True, as_json: AsJson = False) -> N
 
 
 @app.command()
-def validate(file: Annotated[Path, typer.Argument(help="A .toml or .json file.")], env: Env = False) -> None:  # noqa: FBT002 (a flag)
+def validate(file: Annotated[Path, typer.Argument(help="A .toml or .json file.")], env: Env = False) -> None:
     """Check a file, plugin sections included; print every problem, one a line, and exit with 2 if there is any."""
     try:
         _load(file, env=env)
@@ -45,7 +45,7 @@ def validate(file: Annotated[Path, typer.Argument(help="A .toml or .json file.")
 
 
 @app.command()
-def schema(as_json: AsJson = False) -> None:  # noqa: FBT002 (a flag)
+def schema(as_json: AsJson = False) -> None:
     """List every field with its default and what it accepts."""
     rows = describe_fields(EngineConfig)
     for name, cls in _sections(load_registry()).items():

@@ -32,11 +32,8 @@ from folo_core.validation import (
 )
 
 if TYPE_CHECKING:
-
     from folo_core.config.migrations import Migration
-    from folo_core.validation import (
-        Data,
-    )
+    from folo_core.validation import Data
 
 SECTIONS: dict[str, type[Any]] = {
     "model": ModelConfig,
@@ -160,7 +157,8 @@ class EngineConfig(Checked):
     )
     """Plugins to leave out."""
     config_version: int = attrs.field(
-        default=CURRENT_VERSION, metadata=integer(low=CURRENT_VERSION, high=CURRENT_VERSION)
+        default=CURRENT_VERSION,
+        metadata=rule(lambda value: type(value) is int and value == CURRENT_VERSION, f"must be {CURRENT_VERSION}"),
     )
     """Version of the field names; ``folo_core.config.load`` lifts older tables."""
 
@@ -224,7 +222,7 @@ class EngineConfig(Checked):
 
 def build(tables: Mapping[str, Any], problems: list[str]) -> EngineConfig:
     """The config of nested tables, unless there are problems: those found before are reported with its own."""
-    config = as_section(EngineConfig, tables)
+    config = as_section(EngineConfig, {"model": {}} | dict(tables))
     problems = problems + (config.problems if isinstance(config, Rejected) else [])
     if problems:
         raise ConfigError(problems)
@@ -282,9 +280,10 @@ def tables_of_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[
     routes = option_routes()
     problems: list[str] = []
     wholes = {name: given for name, given in options.items() if name in SECTIONS and not _is_model_name(name, given)}
-    tables: dict[str, Any] = {name: {} for name in SECTIONS}
-    for name, given in wholes.items():
-        tables[name] = dict(unstructure(given)) if isinstance(given, (Mapping, SECTIONS[name])) else given
+    tables: dict[str, Any] = {
+        name: dict(unstructure(given)) if isinstance(given, (Mapping, SECTIONS[name])) else given
+        for name, given in wholes.items()
+    }
     for name, value in options.items():
         path = routes.get(name)
         if name in wholes or (name == "trust_remote_code" and value is False):
@@ -293,7 +292,7 @@ def tables_of_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[
             problems.append(f"{name}: {show(value)}: {suggest(name, routes)}")
         elif len(path) == 1:
             tables[name] = value
-        elif isinstance(tables[path[0]], dict):
+        elif isinstance(tables.setdefault(path[0], {}), dict):
             tables[path[0]][path[1]] = _gibibytes(value) if name == "swap_space" else value
             if path[1] != name and path[1] in options:
                 problems.append(f"{name}: {show(value)}: means {path[1]}, which is given too; keep one of them")

@@ -130,6 +130,8 @@ def _converter() -> Converter:
 
 
 def _strict(kind: Data, accepted: tuple[type, ...]) -> Callable[[Any, Any], Any]:
+    """A hook that takes only these types, where cattrs would take whatever ``kind(value)`` takes."""
+
     def hook(value: Data, _: Data) -> Data:
         if type(value) not in accepted:
             raise TypeError(f"{show(value)} is no {kind.__name__}")
