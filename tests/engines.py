@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
+from folo_core import LLM
+from folo_core.config import EngineConfig
 from folo_core.engine.engine import Engine
 from folo_core.plugins import hookimpl
+from folo_core.plugins.manager import load_registry
 from folo_core.plugins.specs import LogitsProcessorSpec, ObserverSpec, SamplerSpec, SchedulerSpec
 from folo_core.sampling.interface import SamplerOutput
 from folo_core.sampling_params import SamplingParams
-from folo_core.testing.fakes import FakeModel, fake_components
+from folo_core.testing.fakes import FakeModel, FakePlugin, FakeTokenizer, fake_components
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -116,9 +119,7 @@ class SamplerPlugin:
     @hookimpl
     def folo_samplers(self) -> list[SamplerSpec]:
         return [
-            SamplerSpec(
-                name="test", help="for tests", factory=lambda *_: self.sampler, params_type=self.params_type
-            )
+            SamplerSpec(name="test", help="for tests", factory=lambda *_: self.sampler, params_type=self.params_type)
         ]
 
 
@@ -183,3 +184,22 @@ def watch_pasts(model: FakeModel) -> list[list[int]]:
 
     model.edit_logits = edit
     return seen
+
+
+def make_llm(model: FakeModel | None = None, *, plugins: Any = (), tokenizer: Any = None, **options: Any) -> LLM:
+    model = FakeModel() if model is None else model
+    plugin = FakePlugin(model, FakeTokenizer() if tokenizer is None else tokenizer)
+    settings = {"model": "fake", "loader": "fake", "attention": "fake", "num_blocks": 256, "block_size": 4}
+    config = EngineConfig.from_options(**(settings | options))
+    return LLM.from_config(config, load_registry(extra=[plugin, *plugins]))
+
+
+class TemplateTokenizer(FakeTokenizer):
+    chat_template = "{{ messages }}"
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> str:
+        if any(message["content"] == "boom" for message in conversation):
+            message = "roles must alternate"
+            raise ValueError(message)
+        opening = "assistant: " if options["add_generation_prompt"] else ""
+        return super().apply_chat_template(conversation) + opening

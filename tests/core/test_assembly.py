@@ -6,8 +6,8 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from engines import ProcessorPlugin, SamplerPlugin, TreeParams, TreeSampler, greedy, make_engine, run
 
+from engines import ProcessorPlugin, SamplerPlugin, TreeParams, TreeSampler, greedy, make_engine, run
 from folo_core.config import EngineConfig
 from folo_core.engine.engine import Engine
 from folo_core.errors import ConfigError, ModelLoadError, ParamsError, PluginError
@@ -48,7 +48,11 @@ class LoaderPlugin(FakePlugin):
     def folo_model_loaders(self) -> list[ModelLoaderSpec]:
         return [
             ModelLoaderSpec(
-                name=self.__name__, help="takes all", factory=self.build, can_load=lambda _: True, priority=self.priority
+                name=self.__name__,
+                help="takes all",
+                factory=self.build,
+                can_load=lambda _: True,
+                priority=self.priority,
             )
         ]
 

@@ -6,8 +6,8 @@ import asyncio
 from typing import Any
 
 import pytest
-from engines import SchedulerPlugin, TreeSampler, assert_clean, greedy
 
+from engines import SchedulerPlugin, TreeSampler, assert_clean, greedy
 from folo_core import AsyncEngine
 from folo_core.errors import EngineDeadError, ParamsError, RequestError
 from folo_core.sampling_params import RequestOutputKind

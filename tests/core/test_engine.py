@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
 from engines import (
     ObserverPlugin,
     SamplerPlugin,
@@ -18,10 +22,6 @@ from engines import (
     run,
     watch_pasts,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-
 from folo_core.engine.engine import Engine
 from folo_core.errors import ParamsError, RequestError
 from folo_core.sampling_params import RequestOutputKind, SamplingParams
@@ -126,7 +126,11 @@ def test_forked_sequences_read_their_own_past_whatever_was_shared(
     sampler = TreeSampler()
     sampler.random.seed(seed)
     engine, model = make_engine(
-        num_blocks=blocks, max_num_batched_tokens=tokens, max_num_seqs=8, max_model_len=40, plugins=[SamplerPlugin(sampler)]
+        num_blocks=blocks,
+        max_num_batched_tokens=tokens,
+        max_num_seqs=8,
+        max_model_len=40,
+        plugins=[SamplerPlugin(sampler)],
     )
     seen = watch_pasts(model)
     for i, width in enumerate(widths):
@@ -149,12 +153,12 @@ def test_forked_sequences_read_their_own_past_whatever_was_shared(
 
 def test_forks_share_blocks_and_survive_preemption() -> None:
     sampler = TreeSampler()
-    engine, _ = make_engine(
-        num_blocks=34, max_num_seqs=16, max_model_len=32, plugins=[SamplerPlugin(sampler)]
-    )
+    engine, _ = make_engine(num_blocks=34, max_num_seqs=16, max_model_len=32, plugins=[SamplerPlugin(sampler)])
     shared = 0
     for i in range(4):
-        engine.add_request(str(i), list(range(1, 17)), TreeParams(width=4, max_tokens=14, ignore_eos=True, temperature=0.0))
+        engine.add_request(
+            str(i), list(range(1, 17)), TreeParams(width=4, max_tokens=14, ignore_eos=True, temperature=0.0)
+        )
     final: dict[str, Any] = {}
     while engine.has_unfinished_requests:
         final |= {o.request_id: o for o in engine.step() if o.finished}
@@ -273,9 +277,7 @@ def test_max_tokens_none_goes_on_to_the_models_length() -> None:
 
 def test_the_models_eos_ends_a_request_unless_ignored() -> None:
     engine, model = make_engine()
-    prompt = next(
-        [a, b] for a in range(60) for b in range(60) if len(model.expected_tokens([a, b], 12)) not in (1, 12)
-    )
+    prompt = next([a, b] for a in range(60) for b in range(60) if len(model.expected_tokens([a, b], 12)) not in (1, 12))
     expected = model.expected_tokens(prompt, 12)
     engine.add_request("stops", prompt, greedy(max_tokens=12))
     engine.add_request("goes on", prompt, greedy(max_tokens=12, ignore_eos=True))
@@ -471,7 +473,9 @@ class EngineMachine(RuleBasedStateMachine):
         self.prompts: dict[str, list[int]] = {}
         self.ended: set[str] = set()
 
-    @rule(prompt=st.lists(st.integers(0, 60), min_size=1, max_size=18), count=st.integers(1, 12), width=st.integers(0, 3))
+    @rule(
+        prompt=st.lists(st.integers(0, 60), min_size=1, max_size=18), count=st.integers(1, 12), width=st.integers(0, 3)
+    )
     def add(self, prompt: list[int], count: int, width: int) -> None:
         name = str(self.count)
         self.count += 1

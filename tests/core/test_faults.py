@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from engines import (
     ObserverPlugin,
     ProcessorPlugin,
@@ -20,7 +21,6 @@ from engines import (
     make_engine,
     run,
 )
-
 from folo_core.errors import FoloError, PluginError
 from folo_core.sampling.interface import SamplerOutput
 from folo_core.sampling_params import SamplingParams
@@ -66,7 +66,9 @@ def test_a_poisoned_logits_row_ends_its_own_request(
         return logits
 
     model.edit_logits = poison
-    final = run_beside_neighbour(engine, params.__class__(**{"ignore_eos": True, "max_tokens": 10, "temperature": params.temperature, "seed": 3}))
+    final = run_beside_neighbour(
+        engine, params.__class__(**{"ignore_eos": True, "max_tokens": 10, "temperature": params.temperature, "seed": 3})
+    )
     assert struck
     assert final["v"].outputs[0].finish_reason == "error"
     assert len(final["v"].outputs[0].token_ids) == after - 3

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from engines import SamplerPlugin, TreeParams, TreeSampler, assert_clean, greedy
 
+from engines import SamplerPlugin, TemplateTokenizer, TreeParams, TreeSampler, assert_clean, greedy, make_llm
 from folo_core import LLM, SamplingParams
 from folo_core.config import EngineConfig
 from folo_core.errors import ConfigError, FoloError, ParamsError, RequestError
@@ -14,18 +14,16 @@ from folo_core.plugins.manager import load_registry
 from folo_core.testing.fakes import FakeModel, FakePlugin, FakeTokenizer
 
 
-def make_llm(model: FakeModel | None = None, *, plugins: Any = (), tokenizer: Any = None, **options: Any) -> LLM:
-    model = FakeModel() if model is None else model
-    plugin = FakePlugin(model, FakeTokenizer() if tokenizer is None else tokenizer)
-    settings = {"model": "fake", "loader": "fake", "attention": "fake", "num_blocks": 256, "block_size": 4}
-    config = EngineConfig.from_options(**(settings | options))
-    return LLM.from_config(config, load_registry(extra=[plugin, *plugins]))
-
-
 def test_every_shape_of_prompt_is_understood() -> None:
     llm = make_llm()
     text, ids = "hello", FakeTokenizer().encode("hello")
-    shapes: list[Any] = [text, {"prompt": text}, {"prompt_token_ids": ids}, ids, {"prompt": text, "prompt_token_ids": ids}]
+    shapes: list[Any] = [
+        text,
+        {"prompt": text},
+        {"prompt_token_ids": ids},
+        ids,
+        {"prompt": text, "prompt_token_ids": ids},
+    ]
     singles = [llm.generate(shape, greedy())[0] for shape in shapes]
     batch = llm.generate(shapes, greedy())
     for output in (*singles, *batch):
@@ -116,17 +114,6 @@ def test_results_can_be_taken_as_they_finish() -> None:
     lengths = [8, 1, 4]
     params = [greedy(max_tokens=n, ignore_eos=True) for n in lengths]
     assert [place for place, _ in llm.generate_as_finished([[1], [2], [3]], params)] == [1, 2, 0]
-
-
-class TemplateTokenizer(FakeTokenizer):
-    chat_template = "{{ messages }}"
-
-    def apply_chat_template(self, conversation: Any, **options: Any) -> str:
-        if any(message["content"] == "boom" for message in conversation):
-            message = "roles must alternate"
-            raise ValueError(message)
-        opening = "assistant: " if options["add_generation_prompt"] else ""
-        return super().apply_chat_template(conversation) + opening
 
 
 def test_chat_lays_conversations_out_by_the_template() -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from engines import greedy, make_engine, run
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from engines import greedy, make_engine, run
 from folo_core.engine.detokenizer import MOST_PENDING, Detokenizer, find_stop_string, held_back
 from folo_core.sampling_params import RequestOutputKind
 from folo_core.testing.fakes import FAKE_VOCAB, FakeModel
@@ -31,7 +31,11 @@ class ByteTokenizer:
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
         self.calls += 1
         self.decoded += len(token_ids)
-        pieces = b"".join(b"<s>" if t == 256 and not skip_special_tokens else bytes([t]) for t in token_ids if t < 256 or not skip_special_tokens)
+        pieces = b"".join(
+            b"<s>" if t == 256 and not skip_special_tokens else bytes([t])
+            for t in token_ids
+            if t < 256 or not skip_special_tokens
+        )
         return pieces.decode("utf-8", errors="replace")
 
 
@@ -90,7 +94,11 @@ def test_detokenising_takes_linear_work() -> None:
     assert tokenizer.calls <= 2 * 4000 + 2
 
 
-@given(tokens=st.lists(st.integers(0, 255), max_size=20), cut=st.integers(0, 20), tails=st.tuples(st.binary(max_size=6), st.binary(max_size=6)))
+@given(
+    tokens=st.lists(st.integers(0, 255), max_size=20),
+    cut=st.integers(0, 20),
+    tails=st.tuples(st.binary(max_size=6), st.binary(max_size=6)),
+)
 def test_forked_detokenizers_go_their_own_ways(tokens: list[int], cut: int, tails: tuple[bytes, bytes]) -> None:
     parent = Detokenizer(ByteTokenizer(), [65], skip_special_tokens=True)
     for token in tokens[:cut]:

@@ -32,7 +32,9 @@ def test_both_are_found_by_name() -> None:
 def test_one_place_serves_in_the_policys_order(policy: str, expected: list[str]) -> None:
     engine = Engine(fake_components(policy=policy, max_num_seqs=1))
     for place, priority in enumerate([2, 1, 2, 0]):
-        engine.add_request(str(place), [1, 2], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True), priority=priority)
+        engine.add_request(
+            str(place), [1, 2], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True), priority=priority
+        )
     assert run(engine) == expected
 
 
@@ -42,9 +44,7 @@ def test_one_place_serves_in_the_policys_order(policy: str, expected: list[str])
     blocks=st.integers(8, 14),
     policy=st.sampled_from(["fcfs", "priority"]),
 )
-def test_under_pressure_the_first_never_yields_and_all_finish(
-    priorities: list[int], blocks: int, policy: str
-) -> None:
+def test_under_pressure_the_first_never_yields_and_all_finish(priorities: list[int], blocks: int, policy: str) -> None:
     model = FakeModel()
     engine = Engine(fake_components(model, policy=policy, num_blocks=blocks, max_num_seqs=8, max_model_len=32))
     params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
@@ -60,7 +60,9 @@ def test_preemption_takes_the_last_in_order() -> None:
     engine = Engine(fake_components(policy="priority", num_blocks=8, max_num_seqs=8, max_model_len=32))
     requests = {}
     for name, priority in {"late": 2, "mid": 1, "urgent": 0}.items():
-        engine.add_request(name, [1, 2, 3], SamplingParams(temperature=0, max_tokens=16, ignore_eos=True), priority=priority)
+        engine.add_request(
+            name, [1, 2, 3], SamplingParams(temperature=0, max_tokens=16, ignore_eos=True), priority=priority
+        )
         requests[name] = engine.requests[name]
     run(engine)
     preempted = {name: request.metrics.num_preemptions for name, request in requests.items()}
