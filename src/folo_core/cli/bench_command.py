@@ -155,8 +155,11 @@ def _open_peer(llm: LLM, name: str) -> Peer:
     from folo_core.plugins.manager import load_registry
 
     config = llm.engine.components.config
-    for part in load_registry(block=config.blocked_plugins).all("model_loaders"):
-        if part.spec.can_load(config.model.model):
+    registry = load_registry(block=config.blocked_plugins)
+    named = config.model.loader
+    parts = registry.all("model_loaders") if named == "auto" else (registry.get("model_loaders", named),)
+    for part in parts:
+        if named != "auto" or part.spec.can_load(config.model.model):
             loader = part.build(config)
             if isinstance(loader, PeerOpener):
                 return loader.open_peer(name)
@@ -166,9 +169,9 @@ def _open_peer(llm: LLM, name: str) -> Peer:
 
 def _range(text: str) -> tuple[int, int]:
     """Read ``64`` or ``16-256``."""
-    low, _, high = text.partition("-")
+    low, dash, high = text.partition("-")
     try:
-        pair = int(low), int(high or low)
+        pair = int(low), int(high if dash else low)
     except ValueError:
         pair = (0, 0)
     if not 1 <= pair[0] <= pair[1]:
