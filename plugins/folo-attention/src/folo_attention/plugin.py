@@ -21,7 +21,7 @@ def _build_sdpa(config: EngineConfig) -> SdpaBackend:  # noqa: ARG001 (the backe
 
 
 def _sdpa_supports(device: str, dtype: str) -> str | None:
-    if device.split(":")[0] not in {"cpu", "cuda"}:
+    if device.partition(":")[0] not in {"cpu", "cuda"}:
         return f"sdpa is tested on cpu and cuda, not on {device}"
     if dtype not in {"float32", "float16", "bfloat16", "float64"}:
         return f"sdpa needs keys and values in a floating dtype, not {dtype}"

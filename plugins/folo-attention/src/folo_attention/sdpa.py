@@ -1,42 +1,35 @@
 """Paged attention with PyTorch's own operators, on any device.
 
-Keys and values lie token-major (``[slots, kv_heads, head_size]``), so that a step's new tokens are written by one
-indexed copy, and consecutive blocks of a sequence are read in place as one strided view, without a gather.
-Query heads that share a key head form a dimension of their own, and keys are broadcast over it with stride 0: grouped
-queries repeat nothing in memory.
+Keys and values lie token-major (``[slots, kv_heads, head_size]``): a step's new tokens are written by one indexed copy,
+and one sequence's consecutive blocks are read in place, as a strided view. Where blocks are scattered, or several
+sequences are attended to in one call, their slots are gathered; entries past a sequence's end then point to a slot of
+zeros that no sequence owns, so that what a stale slot holds, even NaN, never takes part.
+
+Query heads that share a key head form a dimension of their own, over which keys are broadcast with stride 0 or which
+joins the queries': grouped queries repeat nothing in memory.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-import attrs
+import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-if TYPE_CHECKING:
-    import numpy as np
+from folo_attention.planning import StepPlan
 
+if TYPE_CHECKING:
+    from folo_attention.planning import Tile
     from folo_core.attention.interface import AttentionMetadata, KVCacheSpec
 
-QUERY_TILE = 256
-"""Longest run of one sequence's new tokens attended at once; bounds the mask, and skips keys that lie ahead."""
 
+class Scoring(NamedTuple):
+    """What a layer does with query-key products before the softmax."""
 
-@attrs.define(slots=True)
-class _Tile:
-    """A run of one sequence's new tokens, and the cached tokens they may see."""
-
-    rows: slice
-    """Packed rows of the queries."""
-    keys: slice | torch.Tensor
-    """Slots when the blocks are consecutive, else the blocks to gather."""
-    skip: int
-    """Gathered tokens to drop at the front."""
-    num_keys: int
-    mask: torch.Tensor | None
-    """Bool ``[queries, keys]``, True where a key is seen; None if all are."""
+    scale: float
+    softcap: float | None
 
 
 class SdpaBackend:
@@ -47,26 +40,27 @@ class SdpaBackend:
     def __init__(self) -> None:
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
+        self._num_slots = 0
         self._block_size = 0
         self._device = torch.device("cpu")
 
     def allocate(self, specs: list[KVCacheSpec], num_blocks: int, block_size: int, device: torch.device) -> None:
-        """Allocate zeroed ``[num_blocks * block_size, kv_heads, head_size]`` keys and values for each layer."""
-        slots = num_blocks * block_size
-        for spec in specs:
-            value_size = spec.head_size if spec.v_head_size is None else spec.v_head_size
-            shape = (slots, spec.num_kv_heads)
-            self._keys.append(torch.zeros(*shape, spec.head_size, dtype=spec.dtype, device=device))
-            self._values.append(torch.zeros(*shape, value_size, dtype=spec.dtype, device=device))
+        """Allocate zeroed ``[slots + 1, kv_heads, head_size]`` keys and values for each layer; the last stays zero."""
+        self._num_slots = num_blocks * block_size
         self._block_size = block_size
         self._device = device
+        for spec in specs:
+            value_size = spec.head_size if spec.v_head_size is None else spec.v_head_size
+            shape = (self._num_slots + 1, spec.num_kv_heads)
+            self._keys.append(torch.zeros(*shape, spec.head_size, dtype=spec.dtype, device=device))
+            self._values.append(torch.zeros(*shape, value_size, dtype=spec.dtype, device=device))
 
-    def plan(self, metadata: AttentionMetadata) -> dict[int | None, list[_Tile]]:
-        """Tiles for each sliding window, made when a layer first asks for its window."""
-        del metadata
-        return {}
+    def plan(self, metadata: AttentionMetadata) -> StepPlan:
+        """Decide which rows are attended to together; index tensors are made when a layer first needs them."""
+        dtype = self._keys[0].dtype if self._keys else torch.float32
+        return StepPlan(metadata, zero_slot=self._num_slots, device=self._device, dtype=dtype)
 
-    def forward(
+    def forward(  # noqa: PLR0913 (the protocol's signature)
         self,
         layer: int,
         query: torch.Tensor,
@@ -82,100 +76,73 @@ class SdpaBackend:
         keys, values = self._keys[layer], self._values[layer]
         keys.index_copy_(0, metadata.slot_mapping, key)
         values.index_copy_(0, metadata.slot_mapping, value)
-        plan: dict[int | None, list[_Tile]] = metadata.plan
-        if sliding_window not in plan:
-            plan[sliding_window] = self._tiles(metadata, sliding_window)
+        plan = metadata.plan
+        if not isinstance(plan, StepPlan):
+            raise TypeError(f"metadata.plan: {type(plan).__name__}: give what plan() returned for this step")
+        scoring = Scoring(scale, softcap)
         output = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
-        for tile in plan[sliding_window]:
-            k, v = self._read(keys, tile), self._read(values, tile)
-            output[tile.rows] = _attend(query[tile.rows], k, v, tile.mask, scale, softcap)
+        for tile in plan.prefill_tiles(sliding_window):
+            output[tile.rows] = _attend_rows(query[tile.rows], tile.read(keys), tile.read(values), tile, scoring)
+        if plan.decode_rows is not None:
+            queries = query.index_select(0, plan.decode_rows)
+            pieces = [
+                _attend_batch(queries[tile.rows], tile.read(keys), tile.read(values), tile, scoring)
+                for tile in plan.decode_tiles(sliding_window)
+            ]
+            output.index_copy_(0, plan.decode_rows, torch.cat(pieces))
         return output
 
     def copy_blocks(self, sources: list[int], destinations: list[int]) -> None:
         """Copy whole blocks in every layer."""
-        source = torch.tensor(sources, dtype=torch.int64, device=self._device)
-        destination = torch.tensor(destinations, dtype=torch.int64, device=self._device)
+        source, destination = self._slots_of(sources), self._slots_of(destinations)
         for cache in (*self._keys, *self._values):
-            blocks = cache.view(-1, self._block_size, *cache.shape[1:])
-            blocks.index_copy_(0, destination, blocks.index_select(0, source))
+            cache.index_copy_(0, destination, cache.index_select(0, source))
 
     def zero_blocks(self, blocks: list[int]) -> None:
         """Overwrite blocks with zeros in every layer."""
-        index = torch.tensor(blocks, dtype=torch.int64, device=self._device)
+        slots = self._slots_of(blocks)
         for cache in (*self._keys, *self._values):
-            cache.view(-1, self._block_size, *cache.shape[1:]).index_fill_(0, index, 0)
+            cache.index_fill_(0, slots, 0)
 
-    def _tiles(self, metadata: AttentionMetadata, window: int | None) -> list[_Tile]:
-        tiles = []
-        for i, total in enumerate(metadata.seq_lens.tolist()):
-            start, end = int(metadata.query_start[i]), int(metadata.query_start[i + 1])
-            past = total - (end - start)
-            for first in range(start, end, QUERY_TILE):
-                last = min(first + QUERY_TILE, end)
-                rows = slice(first, last)
-                tiles.append(self._tile(metadata.block_tables[i], rows, past + first - start, window))
-        return tiles
-
-    def _tile(self, table: np.ndarray, rows: slice, position: int, window: int | None) -> _Tile:
-        """The tile whose first query stands at ``position`` of its sequence."""
-        size, num_queries = self._block_size, rows.stop - rows.start
-        end = position + num_queries
-        begin = 0 if window is None else max(0, position - window + 1)
-        first_block = begin // size
-        blocks = table[first_block : -(-end // size)]
-        skip = begin - first_block * size
-        mask = _causal_mask(num_queries, position - begin, window, self._device)
-        if int(blocks[-1]) - int(blocks[0]) == len(blocks) - 1 and bool((blocks[1:] > blocks[:-1]).all()):
-            slot = int(blocks[0]) * size + skip
-            return _Tile(rows, slice(slot, slot + end - begin), 0, end - begin, mask)
-        index = torch.from_numpy(blocks.astype("int64")).to(self._device)
-        return _Tile(rows, index, skip, end - begin, mask)
-
-    def _read(self, cache: torch.Tensor, tile: _Tile) -> torch.Tensor:
-        """``[num_keys, kv_heads, head_size]``: exactly the keys seen, so that no stale slot takes part."""
-        if isinstance(tile.keys, slice):
-            return cache[tile.keys]
-        blocks = cache.view(-1, self._block_size, *cache.shape[1:]).index_select(0, tile.keys)
-        return blocks.flatten(0, 1)[tile.skip : tile.skip + tile.num_keys]
+    def _slots_of(self, blocks: list[int]) -> torch.Tensor:
+        first = np.asarray(blocks, dtype=np.int64)[:, None] * self._block_size
+        return torch.from_numpy((first + np.arange(self._block_size)).ravel()).to(self._device)
 
 
-def _causal_mask(num_queries: int, past: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """Bool ``[num_queries, past + num_queries]``; None if each query sees every key."""
-    if num_queries == 1:
-        return None
-    query = torch.arange(past, past + num_queries, device=device)[:, None]
-    key = torch.arange(past + num_queries, device=device)[None]
-    mask = key <= query
-    return mask if window is None else mask & (key > query - window)
-
-
-def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-    softcap: float | None,
+def _attend_rows(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tile: Tile, scoring: Scoring
 ) -> torch.Tensor:
-    """Attention of ``query [n, heads, size]`` over ``key, value [m, kv_heads, size]``."""
+    """A run of one sequence's new tokens: ``query [n, heads, size]`` over ``key, value [m, kv_heads, size]``."""
     num_queries, num_heads, _ = query.shape
     groups = num_heads // key.shape[1]
+    # Key heads take the batch dimension, so that each one's keys broadcast over its own group of query heads.
     q = query.unflatten(1, (-1, groups)).permute(1, 2, 0, 3)
     k = key.transpose(0, 1)[:, None].expand(-1, groups, -1, -1)
     v = value.transpose(0, 1)[:, None].expand(-1, groups, -1, -1)
-    if softcap is None:
-        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    else:
-        out = _softcapped(q, k, v, mask, scale, softcap)
+    out = _attend(q, k, v, tile, scoring)
     return out.permute(2, 0, 1, 3).reshape(num_queries, num_heads, -1)
 
 
-def _softcapped(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, softcap: float
+def _attend_batch(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tile: Tile, scoring: Scoring
 ) -> torch.Tensor:
-    """Attention with ``softcap * tanh(scores / softcap)``, as Gemma 2 (arXiv:2408.00118, section 2) defines it."""
+    """One new token of each of ``b`` sequences: ``query [b, heads, size]``, ``key, value [b * m, kv_heads, size]``."""
+    batch, num_heads, _ = query.shape
+    q = query.unflatten(1, (key.shape[1], -1))
+    k = key.unflatten(0, (batch, -1)).transpose(1, 2)
+    v = value.unflatten(0, (batch, -1)).transpose(1, 2)
+    return _attend(q, k, v, tile, scoring).reshape(batch, num_heads, -1)
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: Tile, scoring: Scoring) -> torch.Tensor:
+    scale, softcap = scoring
+    if softcap is None:
+        return scaled_dot_product_attention(q, k, v, attn_mask=tile.mask, is_causal=tile.is_causal, scale=scale)
+    # Gemma 2 (arXiv:2408.00118, section 2): scores are squashed to (-softcap, softcap) before the mask.
     scores = torch.matmul(q, k.transpose(-1, -2)) * (scale / softcap)
     scores = torch.tanh(scores) * softcap
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
+    if tile.mask is not None:
+        scores = scores + tile.mask
+    elif tile.is_causal:
+        scores = scores + torch.full_like(scores[0, 0], -math.inf).triu_(1)
     return torch.matmul(torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype), v)

@@ -86,8 +86,8 @@ class AttentionBridge:
         if self.target is None:
             raise UnsupportedModelError(f"{type(module).__name__} ran before a backend was bound to the model")
         call = read_call(module, query, attention_mask, options)
-        packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        return self.target.attend(module, *packed, call)[None], None
+        query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        return self.target.attend(module, query, key, value, call)[None], None
 
 
 def _forget(name: str) -> None:
@@ -138,6 +138,8 @@ class PagedTarget:
         self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall
     ) -> torch.Tensor:
         """Attend over the blocks of the step's sequences."""
+        if self.metadata is None:
+            raise RuntimeError("an attention layer ran outside a step")
         return self._backend.forward(
             self._layers[id(module)],
             query,

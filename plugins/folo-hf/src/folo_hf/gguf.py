@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import platformdirs
-import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,6 +22,7 @@ from folo_core.errors import ModelLoadError, UnsupportedModelError
 from folo_hf.quiet import quiet
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 CONVERSION = 1

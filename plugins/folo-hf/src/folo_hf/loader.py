@@ -16,12 +16,13 @@ from folo_hf.attention import AttentionBridge
 from folo_hf.device import TorchProbe, resolve_device, resolve_dtype
 from folo_hf.gguf import converted
 from folo_hf.model import HfLoadedModel
+from folo_hf.passes import run_passes
 from folo_hf.peer import TransformersPeer
 from folo_hf.positions import position_limit, settle_rope
 from folo_hf.probe import probe
 from folo_hf.quiet import quiet
 from folo_hf.screening import load_config, screen
-from folo_hf.source import Kind, Source, check_weights, locate
+from folo_hf.source import Kind, check_weights, locate
 from folo_hf.tokenizer import load_tokenizer
 from folo_hf.vocabulary import fit_vocabulary
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from folo_core.config import EngineConfig
     from folo_core.execution.loading import Tokenizer
     from folo_hf.device import HardwareProbe
-    from folo_hf.probe import ModelShape
+    from folo_hf.source import Source
     from folo_hf.tokenizer import HfTokenizer
 
 logger = logging.getLogger(__name__)
@@ -82,11 +83,23 @@ class HfLoader:
             if tokenizer is not None:
                 fit_vocabulary(module, len(tokenizer))
             settle_rope(module, self._config.max_model_len)
+            num_parameters = module.num_parameters()
+            run_passes(module, device, getattr(torch, dtype))
             shape = probe(module, bridge)
         except BaseException:
             bridge.release()
             raise
-        info = _describe(module, shape, dtype, device, self._config.max_model_len)
+        info = ModelInfo(
+            architecture=type(module).__name__,
+            vocab_size=shape.vocab_size,
+            max_model_len=position_limit(module.config, self._config.max_model_len),
+            num_layers=len(shape.specs),
+            kv_bytes_per_token=sum(spec.bytes_per_token() for spec in shape.specs),
+            dtype=dtype,
+            device=device,
+            eos_token_ids=_eos_token_ids(module),
+            num_parameters=num_parameters,
+        )
         return HfLoadedModel(module, bridge, shape, info)
 
     def open_peer(self, name: str) -> TransformersPeer:
@@ -132,28 +145,13 @@ def _check_complete(folder: Path, report: dict[str, Any]) -> None:
     if missing:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")  # noqa: PLR2004 (enough to recognise)
         raise ModelLoadError(
-            f"model: '{folder}': the checkpoint lacks {len(missing)} weights ({shown}); it is incomplete, or config.json "
-            "is another model's"
+            f"model: '{folder}': the checkpoint lacks {len(missing)} weights ({shown}); it is incomplete, "
+            "or config.json is another model's"
         )
     if report.get("mismatched_keys"):
-        raise ModelLoadError(f"model: '{folder}': weights of other shapes than config.json says: "
-                             f"{sorted(report['mismatched_keys'])[:3]}")
-
-
-def _describe(
-    module: PreTrainedModel, shape: ModelShape, dtype: str, device: str, wanted_len: int | None
-) -> ModelInfo:
-    return ModelInfo(
-        architecture=type(module).__name__,
-        vocab_size=shape.vocab_size,
-        max_model_len=position_limit(module.config, wanted_len),
-        num_layers=len(shape.specs),
-        kv_bytes_per_token=sum(spec.bytes_per_token() for spec in shape.specs),
-        dtype=dtype,
-        device=device,
-        eos_token_ids=_eos_token_ids(module),
-        num_parameters=sum(parameter.numel() for parameter in module.parameters()),
-    )
+        raise ModelLoadError(
+            f"model: '{folder}': weights of other shapes than config.json says: {sorted(report['mismatched_keys'])[:3]}"
+        )
 
 
 def _eos_token_ids(module: PreTrainedModel) -> tuple[int, ...]:

@@ -34,9 +34,14 @@ def position_limit(config: PretrainedConfig, wanted: int | None) -> int:
     for rope in _rope_parameters(text):
         original = rope.get("original_max_position_embeddings") or limit
         if _changes(rope) and original < limit and not _goes_long(rope, wanted):
-            logger.warning("max_model_len is %d, where this model's rotary frequencies (%s) change; %s", original,
-                           rope["rope_type"], "a greater max_model_len chooses its long ones"
-                           if rope["rope_type"] == "longrope" else "longer sequences are not served")
+            logger.warning(
+                "max_model_len is %d, where this model's rotary frequencies (%s) change; %s",
+                original,
+                rope["rope_type"],
+                "a greater max_model_len chooses its long ones"
+                if rope["rope_type"] == "longrope"
+                else "longer sequences are not served",
+            )
             limit = original
     return limit
 

@@ -86,9 +86,7 @@ def _spec(key: torch.Tensor, value: torch.Tensor) -> KVCacheSpec:
     )
 
 
-def dense_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall
-) -> torch.Tensor:
+def dense_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall) -> torch.Tensor:
     """Causal attention of the last ``n`` tokens of one sequence, written out plainly, in float32 or wider.
 
     Args:
@@ -175,7 +173,8 @@ def _own_logits(model: PreTrainedModel, bridge: AttentionBridge) -> torch.Tensor
 def run(model: PreTrainedModel, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Logits ``[tokens, vocab]`` of one packed row without a cache."""
     out = model(input_ids=input_ids[None], position_ids=positions[None], use_cache=False, return_dict=True)
-    return out.logits[0]
+    logits: torch.Tensor = out.logits[0]
+    return logits
 
 
 def _check_calls(model: PreTrainedModel, target: DenseTarget) -> None:
@@ -184,8 +183,8 @@ def _check_calls(model: PreTrainedModel, target: DenseTarget) -> None:
     calls = [trace.calls for trace in target.traces.values()]
     if len(calls) != layers or any(count != STEPS for count in calls):
         raise UnsupportedModelError(
-            f"of its {layers} layers, {sum(count == STEPS for count in calls)} call the attention function once a step; "
-            "the others keep state that blocks of keys and values do not hold"
+            f"of its {layers} layers, {sum(count == STEPS for count in calls)} call the attention function "
+            "once a step; the others keep state that blocks of keys and values do not hold"
         )
 
 

@@ -67,7 +67,7 @@ def screen(config: PretrainedConfig) -> type[PreTrainedModel]:
         raise _refusal(_declared(config), "it is an encoder-decoder, and Folo runs decoders alone")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise _refusal(_declared(config), "transformers has no causal language model of its type")
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     declared = config.architectures or []
     if declared and not any(LANGUAGE_MODEL.search(name) for name in declared):
         raise _refusal(", ".join(declared), "the checkpoint holds no language model head")

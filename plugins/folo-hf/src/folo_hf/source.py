@@ -96,7 +96,7 @@ def _from_hub(model: str, revision: str | None) -> Path:
 
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS))
-    except Exception as error:  # noqa: BLE001 (the hub client raises errors of many libraries)
+    except Exception as error:
         state = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub did not give it"
         raise ModelLoadError(
             f"model: {model!r}: no such folder here, not in the hub cache, and {state} ({_first_line(error)}); "

@@ -9,7 +9,7 @@ Reads one JSON object a line (``template``, ``variables``, ``max_chars``), write
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import functools
 import json
 import sys
@@ -40,7 +40,7 @@ def _raise_exception(message: str) -> NoReturn:
 
 
 def _strftime_now(pattern: str) -> str:
-    return datetime.datetime.now().astimezone().strftime(pattern)
+    return dt.datetime.now().astimezone().strftime(pattern)
 
 
 def _to_json(

@@ -53,13 +53,14 @@ class TemplateRenderer:
             weakref.finalize(self, worker.stop)
             worker.ask('{"template": "", "variables": {}, "max_chars": 1}', _START_SECONDS)
         try:
-            return json.loads(worker.ask(request, self.seconds))
+            reply: dict[str, str] = json.loads(worker.ask(request, self.seconds))
         except TimeoutError:
             self._drop(worker)
             return {"error": f"the template ran for more than {self.seconds:g} s and was stopped"}
         except OSError:
             self._drop(worker)
             return {"error": "the template ended the process that renders it (out of memory?)"}
+        return reply
 
     def _drop(self, worker: _Worker) -> None:
         worker.stop()
