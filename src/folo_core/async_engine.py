@@ -15,19 +15,20 @@ from folo_core.engine.engine import Engine
 from folo_core.errors import EngineDeadError
 from folo_core.plugins.assembly import build_components
 from folo_core.plugins.manager import load_registry
-from folo_core.sampling_params import RequestOutputKind, SamplingParams
+from folo_core.sampling_params import RequestOutputKind
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
     from folo_core.components import Components
     from folo_core.outputs import RequestOutput
+    from folo_core.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
 
 class _Stream:
-    """Outputs of one request on their way to the event loop; a slow reader of cumulative outputs skips to the newest."""
+    """One request's outputs on their way to the event loop; a slow reader of cumulative ones skips to the newest."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, *, keep_all: bool) -> None:
         self.loop = loop
@@ -170,7 +171,7 @@ class AsyncEngine:
         try:
             while self._run_commands():
                 self._deliver(self.engine.step())
-        except BaseException as error:  # noqa: BLE001 (whatever it is, every reader must learn of it)
+        except BaseException as error:
             logger.exception("the engine has failed")
             self._failure = error
         self._close()
@@ -213,9 +214,7 @@ class AsyncEngine:
         self._streams.clear()
 
 
-def _put_all(
-    loop: asyncio.AbstractEventLoop, items: list[tuple[_Stream, RequestOutput | BaseException]]
-) -> None:
+def _put_all(loop: asyncio.AbstractEventLoop, items: list[tuple[_Stream, RequestOutput | BaseException]]) -> None:
     def put() -> None:
         for stream, item in items:
             stream.put(item)

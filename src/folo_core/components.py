@@ -48,7 +48,7 @@ class ExecutorParts:
 class SamplerTable:
     """Which sampler serves which parameters: by their class, and for plain SamplingParams by their sampling type."""
 
-    claims: Mapping[object, tuple[str, ...]]
+    claims: Mapping[type[SamplingParams] | SamplingType, tuple[str, ...]]
     """Params class or SamplingType to the qualified names of the samplers that claim it."""
     plain: frozenset[type[SamplingParams]] = frozenset({SamplingParams})
     """Classes served by their sampling type: SamplingParams, and those that logits processors add fields to it with."""
@@ -67,7 +67,7 @@ class SamplerTable:
         if names:
             message = f"{asked}: {' and '.join(names)} both serve it: block one with FOLO_BLOCK=PLUGIN"
             raise ParamsError(message)
-        served = sorted(claim.name if isinstance(claim, SamplingType) else claim.__name__ for claim in self.claims)  # type: ignore[attr-defined] (a class)
+        served = sorted(claim.name if isinstance(claim, SamplingType) else claim.__name__ for claim in self.claims)
         message = (
             f"{asked}: no installed sampler serves it (served: {', '.join(served)}); "
             "n and best_of need a fan-out sampler such as folo-best-of, other classes their own plugin"
@@ -109,7 +109,8 @@ class Components:
         """
         defaults = attrs.fields_dict(SamplingParams)
         problems = [
-            f"{name}: {getattr(params, name)!r}: no installed logits processor serves it; install folo-sampling or unblock it"
+            f"{name}: {getattr(params, name)!r}: no installed logits processor serves it; "
+            "install folo-sampling or unblock it"
             for name in PROCESSOR_FIELDS
             if name not in self.served_fields and getattr(params, name) != defaults[name].default
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import attrs
 
@@ -50,7 +50,7 @@ class LLM:
     def from_config(cls, config: EngineConfig, registry: Registry | None = None) -> Self:
         """Build from a whole configuration, and from a registry other than that of the installed plugins."""
         llm = cls.__new__(cls)
-        llm._start(config, registry)
+        llm._start(config, registry)  # noqa: SLF001 (its own class)
         return llm
 
     def _start(self, config: EngineConfig, registry: Registry | None = None) -> None:
@@ -174,9 +174,10 @@ class LLM:
         Raises:
             RequestError: as ``generate``, or the model has no chat template.
         """
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        single = bool(messages) and isinstance(messages[0], Mapping)
+        conversations = cast("Sequence[Sequence[Message]]", [messages] if single else messages)
         prompts = [
-            self.apply_chat_template(c, chat_template=chat_template, add_generation_prompt=add_generation_prompt)  # type: ignore[arg-type] (told apart above)
+            self.apply_chat_template(c, chat_template=chat_template, add_generation_prompt=add_generation_prompt)
             for c in conversations
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
@@ -230,8 +231,8 @@ def _as_batch(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:
         return [prompts]
     items = list(prompts)
     if items and all(isinstance(item, int) for item in items):
-        return [items]  # type: ignore[list-item] (all are ints)
-    return items  # type: ignore[return-value] (none of them is an int)
+        return [cast("list[int]", items)]
+    return cast("list[PromptLike]", items)
 
 
 def _one_each(given: T | Sequence[T], count: int, name: str) -> list[T]:

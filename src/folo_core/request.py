@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from folo_core.sequence import Sequence, SequenceData, SequenceStatus
+from folo_core.sequence import Sequence, SequenceData
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from folo_core.outputs import TokenLogprobs
     from folo_core.sampling_params import SamplingParams
+    from folo_core.sequence import SequenceStatus
 
 
 @attrs.define(slots=True)

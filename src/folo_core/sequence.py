@@ -58,6 +58,10 @@ TRANSITIONS: dict[SequenceStatus, frozenset[SequenceStatus]] = {
 }
 
 
+def _as_tuple(token_ids: Iterable[int]) -> tuple[int, ...]:
+    return tuple(token_ids)
+
+
 @attrs.define(slots=True)
 class SequenceData:
     """Token ids and their cumulative log probability: pure data, serialisable.
@@ -66,7 +70,7 @@ class SequenceData:
     so appending is amortised O(1) and a fork's changes never reach its parent.
     """
 
-    prompt_token_ids: tuple[int, ...] = attrs.field(converter=tuple)
+    prompt_token_ids: tuple[int, ...] = attrs.field(converter=_as_tuple)
     output_token_ids: list[int] = attrs.field(factory=list)
     cumulative_logprob: float | None = None
     """Sum of the model's log probabilities of the output tokens; None when the request did not ask for them."""
@@ -103,7 +107,7 @@ class SequenceData:
         child.prompt_token_ids = self.prompt_token_ids
         child.output_token_ids = self.output_token_ids.copy()
         child.cumulative_logprob = self.cumulative_logprob
-        child._token_ids = None
+        child._token_ids = None  # noqa: SLF001 (its own class)
         return child
 
     def to_dict(self) -> dict[str, Any]:

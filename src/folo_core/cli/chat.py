@@ -31,7 +31,7 @@ Ctrl-C stops an answer. End a line with \\ to go on in the next one."""
 
 
 @app.command()
-def chat(  # noqa: PLR0913 (each is an option of the command line)
+def chat(
     model: options.Model = "demo",
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_tokens: options.MaxTokens = 512,
@@ -132,7 +132,9 @@ def _handle(talk: Conversation, line: str) -> None:
         elif name == "/retry":
             talk.retry()
         elif name == "/save":
-            Path(rest).expanduser().write_text(json.dumps(talk.messages, indent=2, ensure_ascii=False), encoding="utf-8")
+            Path(rest).expanduser().write_text(
+                json.dumps(talk.messages, indent=2, ensure_ascii=False), encoding="utf-8"
+            )
         else:
             print(HELP)  # noqa: T201
     except (FoloError, OSError) as error:

@@ -22,7 +22,7 @@ app = typer.Typer()
 
 
 @app.command()
-def generate(  # noqa: PLR0913 (each is an option of the command line)
+def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; none, or '-', reads one from stdin.")] = None,
     model: options.Model = "demo",
     max_tokens: options.MaxTokens = 128,

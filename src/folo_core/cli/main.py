@@ -32,11 +32,11 @@ EXIT_BROKEN_PIPE = 141
 class LazyGroup(TyperGroup):
     """A command group whose members are imported only to be run; help reads their one-liners from the table."""
 
-    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ANN401, ARG002 (typer's context)
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ANN401 (typer's context)
         """Name Folo's own subcommands, then those of plugins."""
         return [*COMMANDS, *sorted(_plugin_commands())]
 
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ANN401, ARG002 (typer's context and command)
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ANN401 (typer's context and command)
         """Return a stand-in that only has a name and help."""
         if cmd_name in COMMANDS:
             return TyperCommand(cmd_name, help=COMMANDS[cmd_name][1])
@@ -52,6 +52,18 @@ class LazyGroup(TyperGroup):
         command = typer.main.get_command(app)
         command.name = name
         return name, command, rest
+
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 (typer's context)
+        """Run the subcommand; Ctrl-C and a closed pipe end it with their customary exit status."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            sys.stderr.write("folo: interrupted\n")
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except BrokenPipeError:
+            # The reader is gone; keep the interpreter from flushing into the closed pipe once more.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(EXIT_BROKEN_PIPE) from None
 
 
 def _load_app(name: str) -> typer.Typer:
@@ -77,7 +89,7 @@ app = typer.Typer(
 )
 
 
-def _show_version(value: bool) -> None:  # noqa: FBT001 (typer's callback protocol)
+def _show_version(value: bool) -> None:
     if value:
         from folo_core import __version__
 
@@ -87,11 +99,11 @@ def _show_version(value: bool) -> None:  # noqa: FBT001 (typer's callback protoc
 
 @app.callback()
 def root(
-    plugin: list[str] = typer.Option(  # noqa: B008 (typer's way to declare options)
+    plugin: list[str] = typer.Option(
         [], "-p", "--plugin", help="'no:NAME' leaves a plugin out of this run; may be repeated.", metavar="no:NAME"
     ),
-    version: bool = typer.Option(  # noqa: FBT001, ARG001 (typer's way to declare flags)
-        False, "--version", callback=_show_version, is_eager=True, help="Print the version and exit."  # noqa: FBT003
+    version: bool = typer.Option(  # noqa: ARG001 (typer's way to declare flags)
+        False, "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
     ),
 ) -> None:
     """Leave out blocked plugins, whichever subcommand runs."""
@@ -112,13 +124,6 @@ def main() -> None:
     except FoloError as error:
         sys.stderr.write(f"folo: {error}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("folo: interrupted\n")
-        sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        # The reader is gone; keep the interpreter from flushing into the closed pipe once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_BROKEN_PIPE)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         sys.stderr.write(f"folo: {error.strerror or error}{where}: what was written before is kept\n")

@@ -23,7 +23,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command("list")
-def list_command(as_json: AsJson = False) -> None:  # noqa: FBT002 (a flag of the command line)
+def list_command(as_json: AsJson = False) -> None:
     """Show every installed plugin: loaded, broken and blocked ones."""
     rows = list_plugins(_load())
     if as_json:
@@ -40,7 +40,7 @@ def list_command(as_json: AsJson = False) -> None:  # noqa: FBT002 (a flag of th
 @app.command()
 def show(
     name: Annotated[str, typer.Argument(help="A plugin's or distribution's name.")],
-    as_json: AsJson = False,  # noqa: FBT002 (a flag of the command line)
+    as_json: AsJson = False,
 ) -> None:
     """Show a plugin's hooks and parts, with the options of each."""
     registry = _load()
@@ -58,7 +58,7 @@ def show(
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:  # noqa: FBT002 (a flag of the command line)
+def doctor(as_json: AsJson = False) -> None:
     """Say what is broken, clashing, shadowed, incompatible or misspelt. Exits with 1 if anything is."""
     findings = diagnose(_load())
     if as_json:
@@ -76,7 +76,7 @@ def new(
     name: Annotated[str, typer.Argument(help="The distribution's name, such as folo-dice.")],
     kind: Annotated[Kind, typer.Option(help="What the plugin offers.")] = Kind.SAMPLER,
     directory: Annotated[Path, typer.Option(help="Folder to write the project's folder into.")] = Path(),
-    as_json: AsJson = False,  # noqa: FBT002 (a flag of the command line)
+    as_json: AsJson = False,
 ) -> None:
     """Write a working plugin distribution, with tests."""
     try:

@@ -62,9 +62,7 @@ class Detokenizer:
         """Return what was held back for a character that will not be finished now."""
         if self._read == len(self._ids):
             return ""
-        return self._emit(
-            self._decode(self._ids[self._prefix : self._read]), self._decode(self._ids[self._prefix :])
-        )
+        return self._emit(self._decode(self._ids[self._prefix : self._read]), self._decode(self._ids[self._prefix :]))
 
     def _emit(self, before: str, after: str) -> str:
         piece = after[len(before) :]

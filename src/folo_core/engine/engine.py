@@ -7,7 +7,7 @@ import logging
 import time
 from collections import deque
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, ContextManager
+from typing import TYPE_CHECKING
 
 from folo_core.engine.input_processor import InputProcessor
 from folo_core.engine.observer import StepRecord
@@ -16,18 +16,21 @@ from folo_core.engine.watchdog import StepWatchdog
 from folo_core.errors import FoloError, RequestError, StepTimeoutError
 from folo_core.execution.interface import StepResult
 from folo_core.kv_cache.manager import KVCacheManager
-from folo_core.scheduling.interface import Fork, SchedulerOutput, SchedulerState, StepBudget
+from folo_core.scheduling.interface import Fork, SchedulerState, StepBudget
 from folo_core.scheduling.queue import RequestQueue
 from folo_core.sequence import SequenceStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence as SequenceOf
+    from collections.abc import Iterable, Mapping
+    from collections.abc import Sequence as SequenceOf
+    from contextlib import AbstractContextManager
 
     from folo_core.components import Components
-    from folo_core.execution.interface import RequestSample, StepHandle
+    from folo_core.execution.interface import Candidates, RequestSample, StepHandle
     from folo_core.outputs import RequestOutput
     from folo_core.request import Request
     from folo_core.sampling_params import SamplingParams
+    from folo_core.scheduling.interface import SchedulerOutput
     from folo_core.sequence import Sequence
 
 logger = logging.getLogger(__name__)
@@ -168,11 +171,11 @@ class Engine:
     def _await(self, scheduled: SchedulerOutput, handle: StepHandle) -> StepResult:
         try:
             return handle.result()
-        except Exception as error:  # noqa: BLE001 (as in _submit)
-            logger.error("step %d failed: %s", self.step_count, error, exc_info=logger.isEnabledFor(logging.DEBUG))
+        except Exception as error:
+            logger.warning("step %d failed: %s", self.step_count, error, exc_info=logger.isEnabledFor(logging.DEBUG))
             return StepResult(errors={request.request_id: self._step_error(error) for request in scheduled.scheduled})
 
-    def _guard(self) -> ContextManager[object]:
+    def _guard(self) -> AbstractContextManager[object]:
         return nullcontext() if self._watchdog is None else self._watchdog
 
     def _step_error(self, error: Exception) -> Exception:
@@ -198,9 +201,8 @@ class Engine:
                 found = [self.outputs.decode_candidates(c) for c in candidates]
                 request.prompt_logprobs.extend(found if request.prompt_logprobs else [None, *found])
         now = time.monotonic()
-        for sample in result.samples:
-            if sample.request_id in self.requests:
-                outputs.append(self._apply(self.requests[sample.request_id], sample, now))
+        known = [sample for sample in result.samples if sample.request_id in self.requests]
+        outputs += [self._apply(self.requests[sample.request_id], sample, now) for sample in known]
         self._observe(scheduled, result, started)
         return [output for output in outputs if output is not None]
 
@@ -208,7 +210,7 @@ class Engine:
         """Give a request's sequences their new tokens, end those that are done, and report."""
         rows = self._reparent(request, sample)
         request.metrics.record_tokens(now, max((len(tokens) for tokens in sample.tokens), default=0))
-        candidates = sample.logprobs or [None] * len(rows)
+        candidates: SequenceOf[Candidates | None] = sample.logprobs or [None] * len(rows)
         reported = list(rows)
         for row, sequence in enumerate(rows):
             status = self.outputs.append(request, sequence, sample.tokens[row], candidates[row])

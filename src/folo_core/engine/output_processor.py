@@ -76,9 +76,7 @@ class OutputProcessor:
                 return SequenceStatus.FINISHED_STOPPED
         return SequenceStatus.FINISHED_LENGTH_CAPPED
 
-    def _extend_text(
-        self, request: Request, sequence: Sequence, token: int, *, stopped: bool, may_stop: bool
-    ) -> None:
+    def _extend_text(self, request: Request, sequence: Sequence, token: int, *, stopped: bool, may_stop: bool) -> None:
         """Append the token's text; a token that ends the sequence is text only if the caller asks for it."""
         detokenizer = sequence.detokenizer
         if detokenizer is None:

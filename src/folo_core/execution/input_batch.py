@@ -5,7 +5,7 @@ Host arrays are numpy; the sampling columns also live on the device and are copi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import numpy as np
@@ -53,7 +53,9 @@ class PackedStep:
 class InputBatch:
     """Token ids, block tables and sampling parameters of every sequence the executor knows."""
 
-    def __init__(self, *, capacity: int, max_model_len: int, block_size: int, vocab_size: int, device: torch.device):
+    def __init__(
+        self, *, capacity: int, max_model_len: int, block_size: int, vocab_size: int, device: torch.device
+    ) -> None:
         self.capacity = capacity
         self.block_size = block_size
         self.vocab_size = vocab_size
@@ -65,7 +67,9 @@ class InputBatch:
         self.num_tokens = np.zeros(capacity, dtype=np.int64)
         self.num_computed = np.zeros(capacity, dtype=np.int64)
         self.block_tables = np.zeros((capacity, -(-(max_model_len + 1) // block_size)), dtype=np.int32)
-        self.columns = {name: np.zeros(capacity, dtype=dtype) for name, (dtype, _) in _COLUMNS.items()}
+        self.columns: dict[str, NDArray[Any]] = {
+            name: np.zeros(capacity, dtype=dtype) for name, (dtype, _) in _COLUMNS.items()
+        }
         self.requests: list[Request | None] = [None] * capacity
         self.histories: list[list[int] | None] = [None] * capacity
         self._slots: dict[int, int] = {}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from folo_core.execution.input_batch import InputBatch, PackedStep
+from folo_core.execution.input_batch import InputBatch
 from folo_core.execution.interface import StepResult
 from folo_core.execution.logprobs import gather_logprobs
 from folo_core.execution.sampling_stage import SamplingStage
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from folo_core.attention.interface import AttentionBackend
     from folo_core.config import EngineConfig
+    from folo_core.execution.input_batch import PackedStep
     from folo_core.execution.interface import LoadedModel
     from folo_core.execution.parts import NamedPart
     from folo_core.request import Request
@@ -136,7 +137,5 @@ class ModelRunner:
             targets = torch.tensor(request.prompt_token_ids[start + 1 : start + 1 + count], device=logits.device)
             log_probs = logits[offset : offset + count].log_softmax(-1)
             tops = [request.params.prompt_logprobs] * count
-            result.prompt_logprobs.setdefault(request.request_id, []).extend(
-                gather_logprobs(log_probs, targets, tops)
-            )
+            result.prompt_logprobs.setdefault(request.request_id, []).extend(gather_logprobs(log_probs, targets, tops))
             offset += count

@@ -5,6 +5,7 @@ A fault stays with the requests it belongs to: their rows leave the batch, the o
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import attrs
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from folo_core.errors import FoloError
-from folo_core.execution.interface import RequestSample, StepResult
+from folo_core.execution.interface import RequestSample
 from folo_core.execution.logprobs import gather_logprobs
 from folo_core.sampling.metadata import SamplingMetadata
 
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from folo_core.execution.input_batch import InputBatch
-    from folo_core.execution.interface import Candidates
+    from folo_core.execution.interface import Candidates, StepResult
     from folo_core.execution.parts import NamedPart
     from folo_core.request import Request
-    from folo_core.sampling.interface import SamplerOutput
+    from folo_core.sampling.interface import LogitsProcessor, SamplerOutput
 
 
 class SamplingStage:
@@ -71,13 +72,8 @@ class SamplingStage:
             rows = np.flatnonzero(self._slot_sampler[slots] == self._sampler_ids[name])
             rows = self._without_failed(rows, slots, result.errors)
             if len(rows):
-                self._guard(
-                    "sampler",
-                    part,
-                    slots[rows],
-                    result.errors,
-                    lambda part=part, rows=rows: self._sample(part, logits, slots, rows, raw, result),
-                )
+                call = partial(self._sample, part, logits, slots, rows, raw, result)
+                self._guard("sampler", part, slots[rows], result.errors, call)
         self.current = "engine"
 
     def _raw_log_probs(self, logits: torch.Tensor, slots: NDArray[np.int64]) -> dict[int, torch.Tensor]:
@@ -88,25 +84,20 @@ class SamplingStage:
         log_probs = _take(logits, rows).log_softmax(-1)
         return dict(zip(rows.tolist(), log_probs, strict=True))
 
-    def _process(
-        self, logits: torch.Tensor, slots: NDArray[np.int64], errors: dict[str, Exception]
-    ) -> torch.Tensor:
+    def _process(self, logits: torch.Tensor, slots: NDArray[np.int64], errors: dict[str, Exception]) -> torch.Tensor:
         for number, processor in enumerate(self.processors):
             rows = self._without_failed(np.flatnonzero(self._slot_uses[number, slots]), slots, errors)
             if len(rows):
-                self._guard(
-                    "logits processor",
-                    processor,
-                    slots[rows],
-                    errors,
-                    lambda part=processor.part, rows=rows: self._apply(part, logits, slots, rows),
-                )
+                call = partial(self._apply, processor.part, logits, slots, rows)
+                self._guard("logits processor", processor, slots[rows], errors, call)
         return logits
 
-    def _apply(self, processor: object, logits: torch.Tensor, slots: NDArray[np.int64], rows: NDArray[np.int64]) -> None:
+    def _apply(
+        self, processor: LogitsProcessor, logits: torch.Tensor, slots: NDArray[np.int64], rows: NDArray[np.int64]
+    ) -> None:
         """Edit the processor's rows of ``logits`` in place."""
         given = _take(logits, rows)
-        edited = processor.apply(given, self._metadata(slots[rows]))  # type: ignore[attr-defined] (checked when built)
+        edited = processor.apply(given, self._metadata(slots[rows]))
         if edited.shape != given.shape:
             message = f"returned shape {tuple(edited.shape)}, expected {tuple(given.shape)}"
             raise ValueError(message)
@@ -115,9 +106,7 @@ class SamplingStage:
         elif edited.data_ptr() != logits.data_ptr():
             logits.copy_(edited)
 
-    def _reject_bad_rows(
-        self, logits: torch.Tensor, slots: NDArray[np.int64], errors: dict[str, Exception]
-    ) -> None:
+    def _reject_bad_rows(self, logits: torch.Tensor, slots: NDArray[np.int64], errors: dict[str, Exception]) -> None:
         """End requests with a row that holds NaN or +inf, or that has no token left."""
         peaks = logits.amax(-1)
         good = torch.isfinite(peaks)
@@ -130,7 +119,7 @@ class SamplingStage:
             message = f"request {request.request_id!r}: its logits cannot be sampled: {reason}"
             errors.setdefault(request.request_id, FoloError(message))
 
-    def _sample(  # noqa: PLR0913 (one step's shared state)
+    def _sample(  # noqa: PLR0913, PLR0917 (one step's shared state)
         self,
         part: NamedPart,
         logits: torch.Tensor,
@@ -284,7 +273,7 @@ class _HostOutput:
         if finished is not None and len(finished) != len(parents):
             message = f"finished has {len(finished)} entries for {len(parents)} rows"
             raise ValueError(message)
-        if len(parents) and not (0 <= parents.min() and parents.max() < rows):
+        if len(parents) and not (parents.min() >= 0 and parents.max() < rows):
             message = f"parents {parents.tolist()} leave the {rows} rows of this step"
             raise ValueError(message)
         if tokens.size and not ((tokens[:, 0] >= 0).all() and tokens.max() < vocab_size):

@@ -9,7 +9,8 @@ from folo_core.kv_cache.block_pool import BlockPool
 from folo_core.kv_cache.block_table import BlockTable, blocks_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence as SequenceOf
+    from collections.abc import Iterable
+    from collections.abc import Sequence as SequenceOf
 
     from folo_core.sequence import Sequence
 
@@ -25,9 +26,7 @@ class KVCacheManager:
         """Whether ``num_sequences`` unshared sequences of ``num_tokens`` tokens fit an otherwise empty pool."""
         return blocks_for(num_tokens, self.block_size) * num_sequences <= self.pool.num_usable
 
-    def extend(
-        self, sequences: SequenceOf[Sequence], counts: SequenceOf[int]
-    ) -> list[tuple[int, int] | None] | None:
+    def extend(self, sequences: SequenceOf[Sequence], counts: SequenceOf[int]) -> list[tuple[int, int] | None] | None:
         """Make room for ``counts[i]`` new tokens of ``sequences[i]``, for all of them or for none.
 
         Returns:

@@ -14,7 +14,7 @@ from folo_core.execution.parts import NamedPart
 from folo_core.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from folo_core.config import EngineConfig
     from folo_core.execution.interface import ModelInfo
@@ -152,9 +152,9 @@ def _build_each(parts: Iterable[Part], config: EngineConfig, *args: object) -> d
     return built
 
 
-def _sampler_table(registry: Registry, built: dict[str, NamedPart]) -> SamplerTable:
+def _sampler_table(registry: Registry, built: Mapping[str, NamedPart]) -> SamplerTable:
     """Index samplers by what they serve; what two of them claim is refused when a request asks for it."""
-    table: dict[object, list[str]] = {}
+    table: dict[Any, list[str]] = {}
     for part in registry.all("samplers"):
         if part.qualified_name in built:
             for claim in part.spec.sampling_types or [part.spec.params_type]:

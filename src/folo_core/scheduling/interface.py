@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import attrs
 
-from folo_core.scheduling.queue import RequestQueue
-
 if TYPE_CHECKING:
     from folo_core.kv_cache.manager import KVCacheManager
     from folo_core.request import Request
+    from folo_core.scheduling.queue import RequestQueue
 
 
 @attrs.frozen(slots=True, kw_only=True)

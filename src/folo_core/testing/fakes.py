@@ -172,7 +172,9 @@ class FakePlugin:
     def folo_model_loaders(self) -> list[ModelLoaderSpec]:
         """Offer ``fake``."""
         return [
-            ModelLoaderSpec(name="fake", help="a model without weights", factory=lambda _: self, can_load=lambda _: False)
+            ModelLoaderSpec(
+                name="fake", help="a model without weights", factory=lambda _: self, can_load=lambda _: False
+            )
         ]
 
     @hookimpl
@@ -209,9 +211,9 @@ def fake_components(
     from folo_core.plugins.assembly import build_components
 
     model = FakeModel() if model is None else model
-    tokenizer = FakeTokenizer(model.info.vocab_size) if tokenizer is None else tokenizer
+    chosen: Tokenizer = FakeTokenizer(model.info.vocab_size) if tokenizer is None else tokenizer
     config = EngineConfig.from_options(
         **({"model": "fake", "loader": "fake", "attention": "fake", "num_blocks": 512, "block_size": 4} | options)
     )
-    registry = load_registry(extra=[FakePlugin(model, tokenizer), *plugins], block=block)
+    registry = load_registry(extra=[FakePlugin(model, chosen), *plugins], block=block)
     return build_components(config, registry)
