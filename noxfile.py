@@ -25,7 +25,7 @@ WORK = ROOT / ".nox"
 SHARED = WORK / "shared"
 PROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 
-PREINSTALLED = ["folo-hf", "folo-sampling", "folo-schedulers", "folo-attention"]
+PREINSTALLED = ["folo-cli", "folo-hf", "folo-sampling", "folo-schedulers", "folo-attention"]
 PLUGINS = [*PREINSTALLED, "folo-demo-model"]
 SUITES = {
     "core": ["tests/core", "tests/docs"],

@@ -9,7 +9,7 @@ import attrs
 import typer.main
 from sphinx.pycode import ModuleAnalyzer
 
-from folo_core.cli.main import COMMANDS, _load_app
+from folo_core.cli.main import commands
 from folo_core.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig, describe_fields
 from folo_core.sampling_params import SamplingParams
 
@@ -115,8 +115,8 @@ def command_section(words: str, command: Any) -> list[str]:  # noqa: ANN401 (cli
 def commands() -> str:
     """The page of the command line."""
     page = ["# Command line"]
-    for name in COMMANDS:
-        page += command_section(f"folo {name}", typer.main.get_command(_load_app(name)))
+    for name in sorted(commands()):
+        page += command_section(f"folo {name}", typer.main.get_command(commands()[name].build()))
     return "\n\n".join(page)
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 CORE = ROOT / "src" / "folo_core"
 PLUGINS = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))
 SOURCES = sorted([*CORE.rglob("*.py"), *(path for plugin in PLUGINS for path in (plugin / "src").rglob("*.py"))])
-PREINSTALLED = {"folo-attention", "folo-hf", "folo-sampling", "folo-schedulers"}
+PREINSTALLED = {"folo-attention", "folo-cli", "folo-hf", "folo-sampling", "folo-schedulers"}
 
 
 def name(path: Path) -> str:

@@ -83,7 +83,7 @@ def test_a_hook_is_named_by_a_test_and_its_answer_reaches_the_registry(hook):
 
 @pytest.mark.parametrize("spec", hook_kinds().values(), ids=lambda spec: spec.__name__)
 def test_a_spec_s_fields_are_documented(spec):
-    from folo_core.plugins.describe import field_docs
+    from folo_core.plugins.fields import field_docs
 
     docs = field_docs(spec)
     undocumented = {field.name for field in attrs.fields(spec)} - docs.keys() - {"api_version"}
@@ -129,7 +129,7 @@ def test_the_how_to_lists_every_hook_with_its_spec_and_no_other():
 
 
 def test_the_plugin_modules_import_no_torch():
-    modules = ["manager", "registry", "discovery", "describe", "scaffold", "specs", "hookspecs", "builtin"]
+    modules = ["manager", "registry", "discovery", "fields", "specs", "hookspecs", "builtin"]
     code = f"import sys\nfor name in {modules}: __import__('folo_core.plugins.' + name)\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

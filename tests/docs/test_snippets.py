@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from folo_core.cli.main import COMMANDS, _load_app, app
+from folo_core.cli.main import app, commands
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -96,8 +96,8 @@ def install(folder: Path, pyproject: dict) -> None:
 def test_commands_exist(page):
     for words in folo_commands(page):
         command, rest = typer.main.get_command(app), words[1:]
-        if rest[0] in COMMANDS:
-            command = typer.main.get_command(_load_app(rest.pop(0)))
+        if rest[0] in commands():
+            command = typer.main.get_command(commands()[rest.pop(0)].build())
         while rest and rest[0] in getattr(command, "commands", {}):
             command = command.commands[rest.pop(0)]
         assert rest[:1] == [] or command.params, f"{shlex.join(words)}: no such command"

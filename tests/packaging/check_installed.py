@@ -12,6 +12,7 @@ from pathlib import Path
 DISTRIBUTIONS = {
     "folo-core": "folo_core",
     "folo-attention": "folo_attention",
+    "folo-cli": "folo_cli",
     "folo-demo-model": "folo_demo_model",
     "folo-hf": "folo_hf",
     "folo-sampling": "folo_sampling",

@@ -1,11 +1,11 @@
-"""``folo``: finds the subcommand and imports only that one, so that help and listings stay fast."""
+"""``folo``: finds the subcommand among those of all plugins and imports only that one, so that help stays fast."""
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import sys
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -16,40 +16,44 @@ from folo_core.errors import FoloError
 if TYPE_CHECKING:
     from folo_core.plugins.registry import Part
 
-COMMANDS = {
-    "generate": ("folo_core.cli.generate", "Complete prompts and stream the text."),
-    "chat": ("folo_core.cli.chat", "Talk with a model in the terminal."),
-    "bench": ("folo_core.cli.bench_command", "Measure latency and throughput."),
-    "plugins": ("folo_core.cli.plugins_command", "List, inspect, diagnose and start plugins."),
-    "config": ("folo_core.cli.config_command", "Show and check configurations."),
-}
-"""Subcommand to the module whose ``app`` it is, and one line of help. Plugins add more."""
-
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
 
+@cache
+def commands() -> dict[str, Part]:
+    """Every subcommand that an installed plugin offers, by name. Those of Folo's own come from folo-cli."""
+    from folo_core.plugins.manager import load_registry
+
+    # A broken plugin is told of by the command that runs, and by ``folo plugins doctor``, not by every listing.
+    log = logging.getLogger("folo_core.plugins")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        registry = load_registry()
+    finally:
+        log.setLevel(level)
+    return {part.name: registry.get("commands", part.name) for part in registry.all("commands")}
+
+
 class LazyGroup(TyperGroup):
-    """A command group whose members are imported only to be run; help reads their one-liners from the table."""
+    """A command group whose members are imported only to be run; help reads their one-liners from the registry."""
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ANN401 (typer's context)
-        """Name Folo's own subcommands, then those of plugins."""
-        return [*COMMANDS, *sorted(_plugin_commands())]
+        """Name every subcommand."""
+        return sorted(commands())
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ANN401 (typer's context and command)
         """Return a stand-in that only has a name and help."""
-        if cmd_name in COMMANDS:
-            return TyperCommand(cmd_name, help=COMMANDS[cmd_name][1])
-        part = _plugin_commands().get(cmd_name)
+        part = commands().get(cmd_name)
         return None if part is None else TyperCommand(cmd_name, help=part.spec.help)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:  # noqa: ANN401 (typer's context and command)
-        """Import and return the command to run."""
+        """Build and return the command to run."""
         name, stand_in, rest = super().resolve_command(ctx, args)
         if stand_in is None or name is None:
             return name, stand_in, rest
-        app = _load_app(name)
-        command = typer.main.get_command(app)
+        command = typer.main.get_command(commands()[name].build())
         command.name = name
         return name, command, rest
 
@@ -66,26 +70,13 @@ class LazyGroup(TyperGroup):
             raise typer.Exit(EXIT_BROKEN_PIPE) from None
 
 
-def _load_app(name: str) -> typer.Typer:
-    if name in COMMANDS:
-        app: typer.Typer = importlib.import_module(COMMANDS[name][0]).app
-        return app
-    built: typer.Typer = _plugin_commands()[name].build()
-    return built
-
-
-def _plugin_commands() -> dict[str, Part]:
-    from folo_core.plugins.manager import load_registry
-
-    return {part.name: part for part in load_registry().all("commands") if part.name not in COMMANDS}
-
-
 app = typer.Typer(
     cls=LazyGroup,
     no_args_is_help=True,
     add_completion=False,
     help="Folo: an LLM inference engine in which every decision is a plugin.",
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # importing rich would double the time that help takes
 )
 
 
@@ -114,6 +105,7 @@ def root(
     blocked = [os.environ.get("FOLO_BLOCK", ""), *(entry.removeprefix("no:") for entry in plugin)]
     if plugin:
         os.environ["FOLO_BLOCK"] = ",".join(filter(None, blocked))
+        commands.cache_clear()
 
 
 def main() -> None:

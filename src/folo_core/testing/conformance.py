@@ -31,7 +31,7 @@ import torch
 
 from folo_core.errors import ParamsError
 from folo_core.kv_cache.manager import KVCacheManager
-from folo_core.plugins.describe import own_fields
+from folo_core.plugins.fields import own_fields
 from folo_core.plugins.hookspecs import PROJECT
 from folo_core.plugins.manager import load_registry
 from folo_core.sampling.interface import LogitsProcessor, Sampler

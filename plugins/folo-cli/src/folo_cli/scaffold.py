@@ -79,7 +79,7 @@ def render_plugin(name: str, package: str, kind: Kind) -> dict[str, str]:
 
 
 def _template(path: str) -> str:
-    return resources.files("folo_core.plugins").joinpath("templates", f"{path}.tmpl").read_text(encoding="utf-8")
+    return resources.files("folo_cli").joinpath("templates", f"{path}.tmpl").read_text(encoding="utf-8")
 
 
 def _core_version() -> str:

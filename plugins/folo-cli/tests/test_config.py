@@ -11,7 +11,7 @@ import attrs
 import pytest
 from typer.testing import CliRunner
 
-from folo_core.cli import config_command
+from folo_cli import config as config_command
 from folo_core.config import EngineConfig, load
 from folo_core.plugins import hookimpl
 from folo_core.plugins.manager import load_registry

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from folo_cli.describe import describe_plugin, diagnose, list_plugins
+from folo_cli.scaffold import Kind, create_plugin
 from folo_core.errors import PluginError
-from folo_core.plugins.describe import describe_plugin, diagnose, list_plugins
 from folo_core.plugins.manager import load_registry
-from folo_core.plugins.scaffold import Kind, create_plugin
 
 if TYPE_CHECKING:
     from folo_core.plugins.registry import Registry

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from folo_core.cli import options
+from folo_cli import options
 from folo_core.errors import RequestError
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import attrs
 import pytest
 from typer.testing import CliRunner
 
-from folo_core.cli import bench_command
-from folo_core.cli.bench_command import Workload
+from folo_cli import bench as bench_command
+from folo_cli.bench import Workload
 from folo_core.config import EngineConfig
 from folo_core.errors import FoloError
 from folo_core.llm import LLM

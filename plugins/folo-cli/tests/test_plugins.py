@@ -6,9 +6,9 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from folo_core.cli.plugins_command import app
+from folo_cli.plugins import app
+from folo_cli.scaffold import Kind, create_plugin
 from folo_core.errors import PluginError
-from folo_core.plugins.scaffold import Kind, create_plugin
 
 SAMPLER = '''
     import attrs
@@ -166,7 +166,7 @@ def test_doctor_finds_everything_that_is_wrong(make_site, run, monkeypatch):
     assert "acme-blocked" not in text
 
 
-TYPER = "import sys; from folo_core.cli.plugins_command import app; app({arguments!r}, standalone_mode=False)"
+TYPER = "import sys; from folo_cli.plugins import app; app({arguments!r}, standalone_mode=False)"
 
 
 @pytest.mark.parametrize("arguments", [["list"], ["list", "--json"], ["show", "folo-core"], ["--help"]])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import attrs
 import typer
 
-from folo_core.cli import options
+from folo_cli import options
 from folo_core.errors import FoloError, RequestError
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from engines import TemplateTokenizer, make_llm
-from folo_core.cli import chat as chat_module
+from folo_cli import chat as chat_module
+from folo_cli import options
 from folo_core.cli import main as main_module
-from folo_core.cli import options
 from folo_core.testing.fakes import FakeModel
 
 if TYPE_CHECKING:
@@ -70,10 +70,10 @@ def test_help_and_listings_import_no_torch(arguments: list[str]) -> None:
 def test_help_lists_every_subcommand(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert folo(monkeypatch, "--help") == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in main_module.COMMANDS)
+    assert all(name in shown for name in ("generate", "chat", "bench", "plugins", "config"))
 
 
-@pytest.mark.parametrize("name", [*main_module.COMMANDS])
+@pytest.mark.parametrize("name", ["generate", "chat", "bench", "plugins", "config"])
 def test_every_subcommand_has_help_of_its_own(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,1 @@
+"""Folo's own subcommands. Each is imported when it is run."""
