@@ -13,6 +13,8 @@ from folo_core.sampling_params import SamplingParams
 from folo_core.testing.builders import make_metadata
 from folo_sampling.greedy import GreedySampler, lowest_argmax
 
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
 
 def plain_argmax(row: torch.Tensor) -> int:
     values = row.tolist()
@@ -28,7 +30,8 @@ def test_lowest_of_equals(vocab_size, levels, seed):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randint(0, levels, (3, vocab_size), generator=generator).float()
     logits[0].masked_fill_(torch.rand(vocab_size, generator=generator) < 0.5, -math.inf)
-    assert lowest_argmax(logits).tolist() == [plain_argmax(row) for row in logits]
+    for device in DEVICES:
+        assert lowest_argmax(logits.to(device)).tolist() == [plain_argmax(row) for row in logits]
 
 
 @pytest.mark.parametrize("vocab_size", [127, 128, 129, 50_257])

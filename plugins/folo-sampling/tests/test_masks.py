@@ -13,6 +13,7 @@ from folo_core.sampling_params import SamplingParams
 from folo_core.testing.builders import make_metadata
 from folo_sampling import masks
 
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 temperatures = st.sampled_from([1e-5, 0.1, 0.7, 1.0, 1.3, 10.0, 1e5])
 some_params = st.builds(
     SamplingParams,
@@ -41,25 +42,29 @@ def reference_mask(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor
     return keep & (weights >= torch.tensor(params.min_p).double() * weights.max())
 
 
-def masks_of(logits: torch.Tensor, params: list[SamplingParams]) -> tuple[torch.Tensor, torch.Tensor]:
+def masks_of(
+    logits: torch.Tensor, params: list[SamplingParams], device: str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Kept tokens by the cut and, as drawing sees them, by the weights, both ``[rows, vocab]``."""
-    filters = masks.Filters.of(make_metadata(params, vocab_size=logits.shape[1]), logits.shape[1])
+    logits = logits.to(device)
+    filters = masks.Filters.of(make_metadata(params, vocab_size=logits.shape[1], device=device), logits.shape[1])
     weights = masks.weigh(logits, filters.temperature)
     cut = masks.narrow_(logits, weights, masks.top_k_cut(logits, filters.top_k), filters, nucleus=True)
-    return logits >= cut, weights > 0
+    return (logits >= cut).cpu(), (weights > 0).cpu()
 
 
 def check(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
     """Compare with the reference row by row; return the mask."""
-    kept, weighted = masks_of(logits, params)
     expected = torch.stack([reference_mask(row, p) for row, p in zip(logits, params, strict=True)])
     # The reference keeps tokens of probability 0, -inf among them, where no filter is on. Drawing ignores both.
-    assert torch.equal(kept, expected)
     temperature = torch.tensor([p.temperature for p in params]).double()[:, None]
     depth = (logits.double() - logits.double().amax(1, keepdim=True)) / temperature
-    assert torch.equal(weighted, expected & (depth.exp() > 0))
-    assert weighted.any(1).all()
-    return kept
+    for device in DEVICES:
+        kept, weighted = masks_of(logits, params, device)
+        assert torch.equal(kept, expected)
+        assert torch.equal(weighted, expected & (depth.exp() > 0))
+        assert weighted.any(1).all()
+    return expected
 
 
 def tied_logits(rows: int, vocab_size: int, *, seed: int, spread: float = 3.0, step: float = 0.0) -> torch.Tensor:

@@ -20,8 +20,10 @@ from folo_sampling.bias import LogitBias
 from folo_sampling.min_tokens import MinTokens
 from folo_sampling.penalties import Penalties
 
+process = pytest.importorskip("transformers.generation.logits_process")
 VOCAB = 23
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 token = st.integers(min_value=0, max_value=VOCAB - 1)
 tokens = st.lists(token, max_size=12)
 
@@ -52,11 +54,12 @@ def run(processor, rows) -> tuple[torch.Tensor, torch.Tensor]:
         vocab_size=VOCAB,
         histories=histories,
         prompt_lengths=[len(prompt) for _, prompt, _, _ in rows],
+        device=DEVICE,
     )
     if not processor.needs_history:
         metadata.history = None
     copies = [list(history) for history in histories]
-    after = processor.apply(before.clone(), metadata)
+    after = processor.apply(before.to(DEVICE, copy=True), metadata).cpu()
     assert histories == copies, "the history is a view, never to be written"
     assert after.dtype == torch.float32
     return before, after
@@ -78,7 +81,7 @@ penalised = st.builds(
 class TestPenalties:
     @given(rows_of(penalised))
     def test_plain_reference(self, rows):
-        before, after = run(Penalties(VOCAB, CPU), rows)
+        before, after = run(Penalties(VOCAB, DEVICE), rows)
         for (params, prompt, output, _), old, new in zip(rows, before.tolist(), after.tolist(), strict=True):
             for entry in range(VOCAB):
                 score = old[entry]
@@ -93,15 +96,14 @@ class TestPenalties:
 
     @given(st.lists(token, min_size=1, max_size=12), st.sampled_from([1.2, 0.7, 3.0]), st.integers(0, 99))
     def test_transformers_repetition_penalty(self, history, penalty, seed):
-        process = pytest.importorskip("transformers.generation.logits_process")
         params = SamplingParams(repetition_penalty=penalty)
-        before, after = run(Penalties(VOCAB, CPU), [(params, history, [], seed)])
+        before, after = run(Penalties(VOCAB, DEVICE), [(params, history, [], seed)])
         theirs = process.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([history]), before.clone())
         assert torch.equal(after, theirs)
 
     def test_presence_and_frequency_leave_the_prompt_alone(self):
         params = SamplingParams(presence_penalty=1.0, frequency_penalty=0.5)
-        before, after = run(Penalties(VOCAB, CPU), [(params, [3, 3, 4], [5, 5], 1)])
+        before, after = run(Penalties(VOCAB, DEVICE), [(params, [3, 3, 4], [5, 5], 1)])
         changed = (before != after).nonzero()[:, 1].tolist()
         assert changed == [5]
         assert after[0, 5] == before[0, 5] - 2.0
@@ -113,7 +115,7 @@ class TestPenalties:
 class TestBias:
     @given(rows_of(st.builds(SamplingParams, logit_bias=st.dictionaries(token, st.floats(-100, 100), min_size=1))))
     def test_plain_reference(self, rows):
-        before, after = run(LogitBias(CPU), rows)
+        before, after = run(LogitBias(DEVICE), rows)
         for (params, *_), old, new in zip(rows, before.tolist(), after.tolist(), strict=True):
             expected = [single(old[entry] + single(params.logit_bias.get(entry, 0.0))) for entry in range(VOCAB)]
             assert new == expected
@@ -139,7 +141,7 @@ short_answers = st.builds(
 class TestMinTokens:
     @given(rows_of(short_answers))
     def test_plain_reference(self, rows):
-        before, after = run(MinTokens(VOCAB, CPU), rows)
+        before, after = run(MinTokens(VOCAB, DEVICE), rows)
         for (params, _, output, _), old, new in zip(rows, before.tolist(), after.tolist(), strict=True):
             stops = {*params.stop_token_ids, *(() if params.ignore_eos else params.resolved_eos)}
             short = len(output) < params.min_tokens
@@ -147,9 +149,8 @@ class TestMinTokens:
 
     @given(st.lists(token, min_size=1, max_size=5), tokens, st.integers(1, 12), st.integers(0, 99))
     def test_transformers_min_new_tokens(self, prompt, output, least, seed):
-        process = pytest.importorskip("transformers.generation.logits_process")
         params = SamplingParams(min_tokens=least, resolved_eos=(4, 9))
-        before, after = run(MinTokens(VOCAB, CPU), [(params, prompt, output, seed)])
+        before, after = run(MinTokens(VOCAB, DEVICE), [(params, prompt, output, seed)])
         theirs = process.MinNewTokensLengthLogitsProcessor(len(prompt), least, [4, 9])
         assert torch.equal(after, theirs(torch.tensor([prompt + output]), before.clone()))
 
@@ -175,7 +176,7 @@ class TestBadWords:
         rows = [
             (SamplingParams(resolved_bad_words=w), prompt, output, i) for i, (w, prompt, output) in enumerate(cases)
         ]
-        before, after = run(BadWords(CPU), rows)
+        before, after = run(BadWords(DEVICE), rows)
         for (params, _, output, _), old, new in zip(rows, before.tolist(), after.tolist(), strict=True):
             banned = {
                 word[-1]
@@ -187,14 +188,13 @@ class TestBadWords:
     @given(words, st.lists(few, max_size=6))
     def test_transformers_no_bad_words(self, words, output):
         """Theirs compares the prompt, too: with a prompt that no word holds both are the same."""
-        process = pytest.importorskip("transformers.generation.logits_process")
-        before, after = run(BadWords(CPU), [(SamplingParams(resolved_bad_words=words), [20], output, 5)])
+        before, after = run(BadWords(DEVICE), [(SamplingParams(resolved_bad_words=words), [20], output, 5)])
         theirs = process.NoBadWordsLogitsProcessor([list(word) for word in dict.fromkeys(words)])
         assert torch.equal(after, theirs(torch.tensor([[20, *output]]), before.clone()))
 
     def test_a_word_begun_in_the_prompt_may_be_completed(self):
         params = SamplingParams(resolved_bad_words=((5, 6),))
-        before, after = run(BadWords(CPU), [(params, [5], [], 1), (params, [1], [5], 1)])
+        before, after = run(BadWords(DEVICE), [(params, [5], [], 1), (params, [1], [5], 1)])
         assert torch.equal(before[0], after[0])
         assert after[1, 6] == -math.inf
 
@@ -217,7 +217,7 @@ class TestBadWords:
 class TestAllowedTokens:
     @given(rows_of(st.builds(SamplingParams, allowed_token_ids=st.lists(token, min_size=1))))
     def test_plain_reference(self, rows):
-        before, after = run(AllowedTokens(CPU), rows)
+        before, after = run(AllowedTokens(DEVICE), rows)
         for (params, *_), old, new in zip(rows, before.tolist(), after.tolist(), strict=True):
             assert new == [old[entry] if entry in params.allowed_token_ids else -math.inf for entry in range(VOCAB)]
 

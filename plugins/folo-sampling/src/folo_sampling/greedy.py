@@ -38,12 +38,14 @@ class GreedySampler:
 def lowest_argmax(logits: torch.Tensor) -> torch.Tensor:
     """Return the index of the largest entry of each row, int64 ``[rows]``, the lowest where several are equal.
 
-    A maximum alone is vectorised by PyTorch on the CPU and an argmax is not, so the argmax is taken in two small
-    ones: over the maxima of blocks, then inside the first block that has the largest.
+    PyTorch's argmax does so, but on the CPU it is not vectorised and a maximum is. There the argmax is taken in two
+    small ones: over the maxima of blocks, then inside the first block that has the largest.
 
     Args:
         logits: float ``[rows, vocab]`` with ``vocab >= 1``.
     """
+    if logits.device.type != "cpu":
+        return logits.argmax(1)
     vocab_size = logits.shape[1]
     whole = vocab_size // _BLOCK * _BLOCK
     maxima = logits[:, :whole].view(len(logits), whole // _BLOCK, _BLOCK).amax(2)

@@ -70,7 +70,7 @@ def weigh(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
 
     The maximum is subtracted first: a logit over a tiny temperature would overflow, a difference becomes -inf.
     """
-    return logits.double().sub_(logits.amax(1, keepdim=True)).div_(temperature).exp_()
+    return logits.double().sub_(logits.amax(1, keepdim=True)).mul_(temperature.reciprocal()).exp_()
 
 
 def narrow_(
