@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from folo_core.errors import StepTimeoutError
@@ -25,10 +26,11 @@ class StepWatchdog:
         self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
         self._thread_id = 0
-        self._fired = False
+        self._fired = self._arrived = False
+        self._error = self._error_type()
 
     def __enter__(self) -> Self:
-        self._fired = False
+        self._fired = self._arrived = False
         self._thread_id = threading.get_ident()
         self._timer = threading.Timer(self.timeout_s, self._fire)
         self._timer.daemon = True
@@ -38,17 +40,32 @@ class StepWatchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._timer is not None  # noqa: S101 (set on entering)
-        self._timer.cancel()
-        with self._lock:
-            if self._fired and not isinstance(error, StepTimeoutError):
-                # The step ended by itself just as the time ran out: take the undelivered exception back.
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread_id), None)
+        # The step may end by itself just as the time runs out. An exception on its way is then let in here: taking it
+        # back (SetAsyncExc with NULL) would leave CPython 3.11's eval breaker set, on which traced code spins for ever.
+        try:
+            if self._timer is not None:
+                self._timer.cancel()
+            with self._lock:
+                self._timer = None
+            while self._fired and not self._arrived:
+                time.sleep(0)
+        except StepTimeoutError:
             self._timer = None
+
+    def _error_type(self) -> type[StepTimeoutError]:
+        """Return an error class that notes when it is raised in the guarded thread, also if somebody wraps it."""
+        watchdog = self
+
+        class OwnTimeoutError(StepTimeoutError):
+            def __init__(self, *args: object) -> None:
+                watchdog._arrived = True
+                super().__init__(*args)
+
+        return OwnTimeoutError
 
     def _fire(self) -> None:
         with self._lock:
             if self._timer is not None:
                 self._fired = True
                 target = ctypes.c_ulong(self._thread_id)
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(target, ctypes.py_object(StepTimeoutError))
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(target, ctypes.py_object(self._error))
