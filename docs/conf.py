@@ -112,7 +112,7 @@ def command_section(words: str, command: Any) -> list[str]:  # noqa: ANN401 (cli
     return page
 
 
-def commands() -> str:
+def command_line() -> str:
     """The page of the command line."""
     page = ["# Command line"]
     for name in sorted(commands()):
@@ -123,7 +123,7 @@ def commands() -> str:
 def write_reference(app: Sphinx) -> None:  # noqa: ARG001 (Sphinx's callback)
     """Write the pages before Sphinx looks for sources."""
     GENERATED.mkdir(exist_ok=True)
-    for name, text in {"configuration": configuration, "sampling-params": parameters, "commands": commands}.items():
+    for name, text in {"configuration": configuration, "sampling-params": parameters, "commands": command_line}.items():
         (GENERATED / f"{name}.md").write_text(text() + "\n", encoding="utf-8")
 
 
