@@ -63,23 +63,30 @@ class HfLoader:
             return source.path
         return converted(source.path, getattr(torch, self._placement[1]))
 
+    @cached_property
+    def _screened(self) -> PretrainedConfig:
+        """The model's configuration, once nothing speaks against loading it."""
+        config = load_config(self._folder)
+        screen(config)
+        check_weights(self._folder)
+        return config
+
     def load_tokenizer(self) -> HfTokenizer | None:
         """The model's tokenizer, mended (see ``ModelLoader``)."""
         if self._config.skip_tokenizer_init:
             return None
+        # What is wrong with the model itself is said first: a tokenizer is read with the model's configuration.
+        _ = self._screened
         name = self._config.tokenizer
         return load_tokenizer(self._folder if name is None else self._as_folder(locate(name, self._config.revision)))
 
     def load_model(self, tokenizer: Tokenizer | None) -> HfLoadedModel:
         """The model on its device in its resolved dtype (see ``ModelLoader``)."""
         device, dtype = self._placement
-        folder = self._folder
-        config = load_config(folder)
-        screen(config)
-        check_weights(folder)
+        config = self._screened
         bridge = AttentionBridge()
         try:
-            module = _load_module(folder, config, bridge.name, getattr(torch, dtype), device)
+            module = _load_module(self._folder, config, bridge.name, getattr(torch, dtype), device)
             if tokenizer is not None:
                 fit_vocabulary(module, len(tokenizer))
             settle_rope(module, self._config.max_model_len)

@@ -22,7 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 if TYPE_CHECKING:
     from jinja2.parser import Parser
 
-MEMORY_BYTES = 2**30
+MEMORY_BYTES = 2**29
 
 
 class _Generation(Extension):

@@ -1,0 +1,237 @@
+"""Architectures through paged attention give transformers' own tokens; what cannot run is refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from tiny_models import SMALL, VOCAB, PagedDecoder, make_loader, save_model
+from transformers import AutoModelForCausalLM
+
+from folo_core.errors import UnsupportedModelError
+from folo_hf.passes import FusedPart, PackedLinear
+
+PROMPTS = [[5, 9, 33, 7, 60, 61, 8, 8, 90, 11, 4, 77, 13], [40], list(range(10, 40))]
+NEW_TOKENS = 12
+
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
+SLIDING = {"sliding_window": 8, "head_dim": 8}
+
+ARCHITECTURES = {
+    "llama": lambda: transformers.LlamaConfig(**SMALL),
+    "llama-tied": lambda: transformers.LlamaConfig(**SMALL, tie_word_embeddings=True, attention_bias=True),
+    "qwen2": lambda: transformers.Qwen2Config(**SMALL),
+    "qwen2-sliding": lambda: transformers.Qwen2Config(
+        **SMALL, use_sliding_window=True, sliding_window=8, max_window_layers=1
+    ),
+    "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=16),
+    "gemma": lambda: transformers.GemmaConfig(**SMALL, head_dim=8),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **SMALL, **SLIDING, attn_logit_softcapping=2.0, final_logit_softcapping=5.0, query_pre_attn_scalar=8
+    ),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **SMALL, **SLIDING, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "mistral": lambda: transformers.MistralConfig(**SMALL, **SLIDING),
+    "gpt2": lambda: transformers.GPT2Config(**SMALL | {"n_positions": 128}),
+    "gpt-bigcode": lambda: transformers.GPTBigCodeConfig(**SMALL | {"n_positions": 128}, multi_query=True),
+    "gpt-neox": lambda: transformers.GPTNeoXConfig(**SMALL),
+    "opt": lambda: transformers.OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32),
+    "phi": lambda: transformers.PhiConfig(**SMALL),
+    "phi3": lambda: transformers.Phi3Config(**SMALL, sliding_window=8),
+    "mixtral": lambda: transformers.MixtralConfig(**SMALL, num_local_experts=4),
+    "qwen2-moe": lambda: transformers.Qwen2MoeConfig(
+        **SMALL, **MOE, num_experts=4, shared_expert_intermediate_size=24
+    ),
+    "qwen3-moe": lambda: transformers.Qwen3MoeConfig(**SMALL, **MOE, num_experts=4, head_dim=8),
+    "granite": lambda: transformers.GraniteConfig(**SMALL, attention_multiplier=0.3, logits_scaling=2.0),
+    "olmo2": lambda: transformers.Olmo2Config(**SMALL),
+    "stablelm": lambda: transformers.StableLmConfig(**SMALL),
+    "cohere2": lambda: transformers.Cohere2Config(**SMALL, **SLIDING),
+    "starcoder2": lambda: transformers.Starcoder2Config(**SMALL, sliding_window=8),
+    "deepseek-v3": lambda: transformers.DeepseekV3Config(
+        **SMALL | {"num_key_value_heads": 4}, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
+        v_head_dim=12, n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=16,
+        first_k_dense_replace=1,
+    ),
+}  # fmt: skip
+
+WINDOWS = {
+    "qwen2-sliding": [None, 8],
+    "gemma2": [8, None],
+    "gemma3": [8, None],
+    "mistral": [8, 8],
+    "phi3": [8, 8],
+    "starcoder2": [8, 8],
+}
+
+
+def assert_same_greedy(reference, got_tokens, got_logits, prompt):
+    """Tokens as transformers' generate, where no two candidates tie; logprobs of all positions within 1e-4."""
+    ids = torch.tensor([prompt])
+    wanted = reference.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(got_logits), do_sample=False, eos_token_id=[]
+    )[0].tolist()
+    with torch.no_grad():
+        own = reference(torch.tensor([got_tokens])).logits[0, len(prompt) - 1 : -1].float()
+    torch.testing.assert_close(got_logits.log_softmax(-1), own.log_softmax(-1), rtol=0, atol=1e-4)
+    best, second = own.topk(2).values.unbind(-1)
+    clear = best - second > 1e-3
+    assert clear.sum() > len(clear) / 2, "the weights leave too many ties for the comparison to mean anything"
+    first_tie = len(clear) if clear.all() else int(clear.logical_not().nonzero()[0])
+    assert got_tokens[: len(prompt) + first_tie] == wanted[: len(prompt) + first_tie]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_greedy_equals_transformers(name, tmp_path):
+    folder = save_model(tmp_path, ARCHITECTURES[name]())
+    model = make_loader(folder, skip_tokenizer_init=True).load_model(None)
+    tokens, logits = PagedDecoder(model).run(PROMPTS, NEW_TOKENS)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    for prompt, got, rows in zip(PROMPTS, tokens, logits, strict=True):
+        assert rows.shape == (NEW_TOKENS, VOCAB)
+        assert_same_greedy(reference, got, rows, prompt)
+
+
+def test_what_the_loader_says_of_a_model(tmp_path):
+    folder = save_model(tmp_path, ARCHITECTURES["deepseek-v3"]())
+    model = make_loader(folder, skip_tokenizer_init=True).load_model(None)
+    spec = model.kv_cache_specs[0]
+    assert (spec.num_kv_heads, spec.head_size, spec.v_head_size, spec.dtype) == (4, 16, 12, torch.float32)
+    assert model.info.architecture == "DeepseekV3ForCausalLM"
+    assert model.info.kv_bytes_per_token == 2 * 4 * (16 + 12) * 4
+    assert (model.info.num_layers, model.info.vocab_size, model.info.max_model_len) == (2, VOCAB, 128)
+    assert (model.info.dtype, model.info.device, model.info.eos_token_ids) == ("float32", "cpu", (2,))
+    assert model.info.num_parameters == sum(
+        p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters()
+    )
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_sliding_windows_reach_the_backend(name, tmp_path):
+    folder = save_model(tmp_path, ARCHITECTURES[name]())
+    model = make_loader(folder, skip_tokenizer_init=True).load_model(None)
+    decoder = PagedDecoder(model)
+    seen = []
+    inner = decoder.backend.forward
+
+    def forward(layer, *args, **options):
+        seen.append((layer, options["sliding_window"], options["softcap"]))
+        return inner(layer, *args, **options)
+
+    decoder.backend.forward = forward
+    decoder.run([[1, 2, 3]], 1)
+    softcap = 2.0 if name == "gemma2" else None
+    assert seen == [(layer, window, softcap) for layer, window in enumerate(WINDOWS[name])]
+
+
+def test_the_passes_are_in_what_was_compared(tmp_path):
+    folder = save_model(tmp_path, ARCHITECTURES["llama"]())
+    module = make_loader(folder, skip_tokenizer_init=True).load_model(None).module
+    kinds = {type(child) for child in module.modules()}
+    assert {PackedLinear, FusedPart} <= kinds
+    assert torch.nn.Linear not in kinds
+
+
+def test_two_models_in_one_process_do_not_mix(tmp_path):
+    folders = [save_model(tmp_path / name, ARCHITECTURES[name]()) for name in ("llama", "qwen3")]
+    alone = []
+    for folder in folders:
+        model = make_loader(folder, skip_tokenizer_init=True).load_model(None)
+        alone.append(PagedDecoder(model).run(PROMPTS, 4)[0])
+    models = [make_loader(folder, skip_tokenizer_init=True).load_model(None) for folder in folders]
+    decoders = [PagedDecoder(model) for model in models]
+    assert [decoder.run(PROMPTS, 4)[0] for decoder in decoders] == alone
+    assert alone[0] != alone[1]
+
+
+def test_a_collected_model_leaves_no_name_behind(tmp_path):
+    import gc
+
+    from transformers import AttentionInterface
+
+    folder = save_model(tmp_path, ARCHITECTURES["llama"]())
+    before = set(AttentionInterface._global_mapping)
+    model = make_loader(folder, skip_tokenizer_init=True).load_model(None)
+    assert len(set(AttentionInterface._global_mapping) - before) == 1
+    del model
+    gc.collect()
+    assert set(AttentionInterface._global_mapping) <= before
+
+
+REFUSED_EARLY = {
+    "t5": (transformers.T5Config, "T5|t5", "encoder-decoder"),
+    "bart": (transformers.BartConfig, "Bart|bart", "encoder-decoder"),
+    "mamba": (transformers.MambaConfig, "MambaForCausalLM", "recurrent state"),
+    "jamba": (transformers.JambaConfig, "JambaForCausalLM", "recurrent state"),
+    "recurrent-gemma": (transformers.RecurrentGemmaConfig, "RecurrentGemma", "recurrent state"),
+    "rwkv": (transformers.RwkvConfig, "Rwkv", "recurrent state"),
+    "qwen3-next": (transformers.Qwen3NextConfig, "Qwen3Next", "recurrent state"),
+    "bloom": (transformers.BloomConfig, "BloomForCausalLM", "AttentionInterface"),
+    "mpt": (transformers.MptConfig, "MptForCausalLM", "AttentionInterface"),
+    "falcon": (transformers.FalconConfig, "FalconForCausalLM", "AttentionInterface"),
+    "gpt-j": (transformers.GPTJConfig, "GPTJForCausalLM", "AttentionInterface"),
+    "llama4": (transformers.Llama4TextConfig, "Llama4ForCausalLM", "chunked_attention"),
+    "lfm2": (
+        lambda: transformers.Lfm2Config(layer_types=["conv", "full_attention"], num_hidden_layers=2),
+        "Lfm2ForCausalLM",
+        "conv",
+    ),
+    "minimax": (transformers.MiniMaxConfig, "MiniMaxForCausalLM", "linear_attention"),
+    "vit": (transformers.ViTConfig, "vit", "no causal language model"),
+}
+
+REFUSED_BY_PROBE = {
+    "gpt-oss": (lambda: transformers.GptOssConfig(**SMALL, head_dim=8, num_local_experts=4, sliding_window=8), "s_aux"),
+    "bert": (lambda: transformers.BertConfig(**SMALL), "is_causal=False"),
+    "doge": (lambda: transformers.DogeConfig(**SMALL), "attention_mask"),
+    "diffllama": (lambda: transformers.DiffLlamaConfig(**SMALL), "once a step"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_EARLY)
+def test_refused_before_its_weights_are_looked_for(name, tmp_path):
+    make_config, who, why = REFUSED_EARLY[name]
+    make_config().save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=f"(?s)({who}).*{why}"):
+        make_loader(tmp_path, skip_tokenizer_init=True).load_model(None)
+
+
+@pytest.mark.parametrize("name", REFUSED_BY_PROBE)
+def test_refused_by_what_it_does(name, tmp_path):
+    make_config, why = REFUSED_BY_PROBE[name]
+    folder = save_model(tmp_path, make_config())
+    with pytest.raises(UnsupportedModelError, match=f"(?s)cannot run through paged attention.*{why}"):
+        make_loader(folder, skip_tokenizer_init=True).load_model(None)
+
+
+def test_a_checkpoint_without_a_language_model_head_is_refused(tmp_path, llama_config):
+    llama_config.architectures = ["LlamaForSequenceClassification"]
+    llama_config.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=r"LlamaForSequenceClassification.*no language model head"):
+        make_loader(tmp_path, skip_tokenizer_init=True).load_model(None)
+
+
+def test_the_probe_finds_mixing_between_sequences(tmp_path, llama_config, monkeypatch):
+    """A layer that averages neighbours, as a convolution does, gives other logits when sequences are packed."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    inner = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: inner(self, x + x.roll(1, dims=1)))
+    folder = save_model(tmp_path, llama_config)
+    with pytest.raises(UnsupportedModelError, match="mixes tokens outside attention"):
+        make_loader(folder, skip_tokenizer_init=True).load_model(None)
+
+
+def test_the_probe_finds_ignored_positions(tmp_path, llama_config, monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    inner = LlamaRotaryEmbedding.forward
+
+    def forward(self, x, position_ids):
+        return inner(self, x, torch.arange(position_ids.shape[1])[None])
+
+    monkeypatch.setattr(LlamaRotaryEmbedding, "forward", forward)
+    folder = save_model(tmp_path, llama_config)
+    with pytest.raises(UnsupportedModelError, match="ignores position ids"):
+        make_loader(folder, skip_tokenizer_init=True).load_model(None)
