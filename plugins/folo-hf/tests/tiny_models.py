@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -28,6 +29,49 @@ SMALL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
+SLIDING = {"sliding_window": 8, "head_dim": 8}
+
+ARCHITECTURES = {
+    "llama": lambda: transformers.LlamaConfig(**SMALL),
+    "llama-tied": lambda: transformers.LlamaConfig(**SMALL, tie_word_embeddings=True, attention_bias=True),
+    "qwen2": lambda: transformers.Qwen2Config(**SMALL),
+    "qwen2-sliding": lambda: transformers.Qwen2Config(
+        **SMALL, use_sliding_window=True, sliding_window=8, max_window_layers=1
+    ),
+    "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=16),
+    "gemma": lambda: transformers.GemmaConfig(**SMALL, head_dim=8),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **SMALL, **SLIDING, attn_logit_softcapping=2.0, final_logit_softcapping=5.0, query_pre_attn_scalar=8
+    ),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **SMALL, **SLIDING, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "mistral": lambda: transformers.MistralConfig(**SMALL, **SLIDING),
+    "gpt2": lambda: transformers.GPT2Config(**SMALL | {"n_positions": 128}),
+    "gpt-bigcode": lambda: transformers.GPTBigCodeConfig(**SMALL | {"n_positions": 128}, multi_query=True),
+    "gpt-neox": lambda: transformers.GPTNeoXConfig(**SMALL),
+    "opt": lambda: transformers.OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32),
+    "phi": lambda: transformers.PhiConfig(**SMALL),
+    "phi3": lambda: transformers.Phi3Config(**SMALL, sliding_window=8),
+    "mixtral": lambda: transformers.MixtralConfig(**SMALL, num_local_experts=4),
+    "qwen2-moe": lambda: transformers.Qwen2MoeConfig(
+        **SMALL, **MOE, num_experts=4, shared_expert_intermediate_size=24
+    ),
+    "qwen3-moe": lambda: transformers.Qwen3MoeConfig(**SMALL, **MOE, num_experts=4, head_dim=8),
+    "granite": lambda: transformers.GraniteConfig(**SMALL, attention_multiplier=0.3, logits_scaling=2.0),
+    "olmo2": lambda: transformers.Olmo2Config(**SMALL),
+    "stablelm": lambda: transformers.StableLmConfig(**SMALL),
+    "cohere2": lambda: transformers.Cohere2Config(**SMALL, **SLIDING),
+    "starcoder2": lambda: transformers.Starcoder2Config(**SMALL, sliding_window=8),
+    "deepseek-v3": lambda: transformers.DeepseekV3Config(
+        **SMALL | {"num_key_value_heads": 4}, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
+        v_head_dim=12, n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=16,
+        first_k_dense_replace=1,
+    ),
+}  # fmt: skip
 
 
 def save_model(folder, config, *, dtype=torch.float32):
