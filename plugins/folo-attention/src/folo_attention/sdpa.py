@@ -52,8 +52,8 @@ class SdpaBackend:
         for spec in specs:
             value_size = spec.head_size if spec.v_head_size is None else spec.v_head_size
             shape = (self._num_slots + 1, spec.num_kv_heads)
-            self._keys.append(torch.zeros(*shape, spec.head_size, dtype=spec.dtype, device=device))
-            self._values.append(torch.zeros(*shape, value_size, dtype=spec.dtype, device=device))
+            self._keys.append(_zeros((*shape, spec.head_size), spec.dtype, device))
+            self._values.append(_zeros((*shape, value_size), spec.dtype, device))
 
     def plan(self, metadata: AttentionMetadata) -> StepPlan:
         """Decide which rows are attended to together; index tensors are made when a layer first needs them."""
@@ -107,6 +107,19 @@ class SdpaBackend:
     def _slots_of(self, blocks: list[int]) -> torch.Tensor:
         first = np.asarray(blocks, dtype=np.int64)[:, None] * self._block_size
         return torch.from_numpy((first + np.arange(self._block_size)).ravel()).to(self._device)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on a CPU in memory that the system hands out as it is first written to.
+
+    ``torch.zeros`` writes every byte, which takes seconds for a large pool and holds memory that may never be used.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size, alignment = math.prod(shape) * dtype.itemsize, 64
+    memory = np.zeros(size + alignment, dtype=np.uint8)
+    start = -memory.ctypes.data % alignment
+    return torch.from_numpy(memory[start : start + size]).view(dtype).view(shape)
 
 
 def _attend_rows(
