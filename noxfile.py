@@ -78,7 +78,9 @@ def run_suite(session: nox.Session, name: str, *extra: str) -> None:
         old.unlink()
     folders = [folder for folder in SUITES[name] if (ROOT / folder).is_dir()]
     environment = {"COVERAGE_FILE": str(reports / f".coverage.{name}")}
-    command = ["coverage", "run", "-m", "pytest", "-m", "not gpu", f"--junitxml={reports / name}.xml"]
+    # A file's tests stay together, because they share loaded models; more workers would each load their own.
+    workers = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
+    command = ["coverage", "run", "-m", "pytest", *workers, "-m", "not gpu", f"--junitxml={reports / name}.xml"]
     shared(session, *command, *folders, *extra, *session.posargs, env=environment)
 
 
