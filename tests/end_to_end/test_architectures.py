@@ -28,7 +28,7 @@ def prompts() -> list[list[int]]:
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
 def test_tokens_and_logprobs_are_transformers_own(name: str, prompts: list[list[int]], tmp_path: Path) -> None:
     save_model(tmp_path, ARCHITECTURES[name]())
-    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager").eval()
     # Blocks for about half of what the prompts need, chunks smaller than most prompts, and a wait for places.
     llm = LLM(
         str(tmp_path), skip_tokenizer_init=True, dtype="float32", num_blocks=10, block_size=8, max_model_len=64,
