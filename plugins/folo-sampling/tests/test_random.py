@@ -253,6 +253,19 @@ class TestDraw:
         expected = weights / weights.sum() * count
         assert ((torch.bincount(tokens, minlength=length) - expected).abs() < 1.01).all()
 
+    def test_sums_do_not_depend_on_their_order(self):
+        """Shares that meet running sums exactly draw the same entry from a short list and from blocks of a wide row."""
+        length, places = 5000, torch.arange(7, 5000, 33)
+        # Tenths: sums of them are whole on paper and just above or below it in binary, depending on the order.
+        listed = torch.randint(1, 10, (len(places),), generator=torch.Generator().manual_seed(2)).double() / 10
+        listed[3] = 1.0
+        row = torch.zeros(length).double().index_put_((places,), listed)
+        shares = (listed.cumsum(0) / listed.sum())[:-1, None]
+        steps = torch.cat((shares, torch.nextafter(shares, torch.zeros_like(shares))))
+        from_list = draw(listed.expand(len(steps), -1).clone(), steps, length)
+        assert torch.equal(draw(row.expand(len(steps), -1).clone(), steps, length), places[from_list])
+        assert len(from_list.unique()) > len(places) * 0.9
+
 
 def test_finish_ranks_what_is_finished():
     request = make_request("r", SamplingParams())

@@ -58,8 +58,6 @@ class BadWords:
     def _completing(self, params: SamplingParams, history: list[int], prompt_length: int) -> list[int]:
         """Return the tokens that would complete a word of several tokens."""
         generated = len(history) - prompt_length
-        if generated == 0:
-            return []
         ends = self._ends_of(params).get(history[-1], [])
         return [last for start, last in ends if len(start) <= generated and history[-len(start) :] == start]
 
