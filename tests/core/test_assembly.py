@@ -171,7 +171,7 @@ def test_a_params_class_nobody_serves_is_refused_by_name() -> None:
     engine, _ = make_engine()
     with pytest.raises(ParamsError, match="TreeParams"):
         engine.add_request("a", [1], TreeParams())
-    with pytest.raises(ParamsError, match="FAN_OUT.*folo-best-of"):
+    with pytest.raises(ParamsError, match=r"FAN_OUT.*folo-best-of"):
         engine.add_request("a", [1], SamplingParams(n=2))
 
 

@@ -410,7 +410,7 @@ def test_the_loop_calls_no_hook() -> None:
         registries.append(original(**options))
         return registries[-1]
 
-    import folo_core.testing.fakes as fakes
+    from folo_core.testing import fakes
 
     fakes.load_registry, before = keep, fakes.load_registry
     try:

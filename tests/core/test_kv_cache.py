@@ -73,7 +73,7 @@ def test_the_block_freed_longest_ago_is_reused_first() -> None:
         lambda pool: pool._free.append(1),
     ],
 )
-def test_the_integrity_check_sees_every_kind_of_damage(spoil) -> None:  # noqa: ANN001
+def test_the_integrity_check_sees_every_kind_of_damage(spoil) -> None:
     pool = BlockPool(5)
     table = pool.allocate(2)
     pool.check_integrity([table])

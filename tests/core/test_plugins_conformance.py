@@ -28,7 +28,7 @@ from folo_core.testing.harness import SamplerHarness, check_sampler_output
 class Random:
     """Draws from the softmax: the honest sampler from which the bad ones are made."""
 
-    def __init__(self, vocab_size, device):  # noqa: ARG002
+    def __init__(self, vocab_size, device):
         self.seen = {}
 
     def add_request(self, request):
@@ -75,7 +75,7 @@ class Kit(SamplerConformance):
     plugin = "acme"
     name = "acme"
 
-    def params(self, part):  # noqa: ARG002 (a fixed choice)
+    def params(self, part):
         return [SamplingParams(), SamplingParams(seed=3), SamplingParams(), SamplingParams(temperature=0.5)]
 
 
@@ -104,7 +104,7 @@ def changed(**fields):
 
 
 class GlobalRandom(Random):
-    def step(self, logits, metadata):  # noqa: ARG002
+    def step(self, logits, metadata):
         tokens = torch.multinomial(logits.softmax(-1), 1)
         return SamplerOutput(parents=torch.arange(len(tokens)), tokens=tokens)
 
@@ -152,7 +152,7 @@ class Crosses(Random):
 
 
 class DropsEverything(Random):
-    def finish(self, request):  # noqa: ARG002
+    def finish(self, request):
         return []
 
 
@@ -162,7 +162,7 @@ class ReturnsTwice(Random):
 
 
 class Foreign(Random):
-    def finish(self, request):  # noqa: ARG002
+    def finish(self, request):
         return [make_request("foreign", SamplingParams()).open_sequence(99)]
 
 
@@ -170,7 +170,7 @@ class NoFinish:
     def __init__(self, vocab_size, device):
         """Offer only half the contract."""
 
-    def step(self, logits, metadata):  # noqa: ARG002
+    def step(self, logits, metadata):
         raise AssertionError
 
 
@@ -333,7 +333,7 @@ class Penalty:
     def __init__(self, vocab_size, device):
         """Keep nothing."""
 
-    def applies(self, params):  # noqa: ARG002
+    def applies(self, params):
         return True
 
     def validate_params(self, params, vocab_size):
@@ -348,17 +348,17 @@ class Penalty:
 class FalseArgmax(Penalty):
     argmax_invariant = True
 
-    def apply(self, logits, metadata):  # noqa: ARG002
+    def apply(self, logits, metadata):
         return -logits
 
 
 class Mixes(Penalty):
-    def apply(self, logits, metadata):  # noqa: ARG002
+    def apply(self, logits, metadata):
         return logits - logits.mean()
 
 
 class Idle(Penalty):
-    def apply(self, logits, metadata):  # noqa: ARG002
+    def apply(self, logits, metadata):
         return logits
 
 
@@ -368,7 +368,7 @@ class Doubles(Penalty):
 
 
 class MakesNaN(Penalty):
-    def apply(self, logits, metadata):  # noqa: ARG002
+    def apply(self, logits, metadata):
         return logits * torch.nan
 
 
@@ -377,7 +377,7 @@ class Undeclared(Penalty):
 
 
 class NeverApplies(Penalty):
-    def applies(self, params):  # noqa: ARG002
+    def applies(self, params):
         return False
 
 
@@ -444,7 +444,7 @@ class Fair:
 
 
 class Stalls(Fair):
-    def schedule(self, state, budget):  # noqa: ARG002
+    def schedule(self, state, budget):
         return SchedulerOutput()
 
 

@@ -230,7 +230,7 @@ def unmarked():
 
 def with_argument():
     made = plugin("argument")
-    made.folo_samplers = hookimpl(lambda vocab_size: [])  # noqa: ARG005 (the mistake under test)
+    made.folo_samplers = hookimpl(lambda vocab_size: [])
     return made
 
 

@@ -6,7 +6,6 @@ import random
 from typing import Any
 
 import pytest
-import torch
 from agreement import assert_agrees, dense_logits, reference_tokens
 from prompts import PROMPTS
 
@@ -77,9 +76,12 @@ def test_log_probabilities_are_within_1e_4(demo: Any, reference: Any, prompts: A
 def test_the_same_seed_gives_the_same_tokens_alone_batched_and_in_any_order(demo: Any) -> None:
     rng = random.Random(0)
     cases = [
-        (PROMPTS[i], SamplingParams(temperature=0.9, top_p=[1.0, 0.9][i % 2], top_k=[0, 40][i % 3 == 0], seed=i, max_tokens=10))
+        (
+            PROMPTS[i],
+            SamplingParams(temperature=0.9, top_p=[1.0, 0.9][i % 2], top_k=[0, 40][i % 3 == 0], seed=i, max_tokens=10),
+        )
         for i in range(8)
-    ]  # fmt: skip
+    ]
     alone = [demo.generate(*case)[0].outputs[0].token_ids for case in cases]
     for _ in range(2):
         order = rng.sample(range(8), 8)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; run `nox -s gpu` where there is one"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device (nox -s gpu)"),
 ]
 
 PROMPTS = [[5, 9, 33, 7, 60, 61, 8, 8, 90, 11, 4, 77, 13], [40], list(range(10, 40))]
@@ -52,7 +52,8 @@ def test_greedy_tokens_are_transformers_own(name: str, tmp_path: Path) -> None:
     save_model(tmp_path, ARCHITECTURES[name]())
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager").eval()
     llm = open_llm(tmp_path, dtype="float32")
-    for prompt, output in zip(PROMPTS, llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=12)), strict=True):
+    outputs = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=12))
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
         ids = torch.tensor([prompt])
         theirs = reference.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
@@ -75,4 +76,4 @@ def test_the_cache_is_sized_from_the_devices_memory(tmp_path: Path) -> None:
     save_model(tmp_path, ARCHITECTURES["llama"]())
     llm = open_llm(tmp_path, num_blocks=None, gpu_memory_utilization=0.5, max_num_seqs=4)
     assert llm.engine.components.kv_blocks == 4 * 64 // 16 + 1, "never more than the longest sequences need"
-    assert VOCAB == llm.engine.components.model_info.vocab_size
+    assert llm.engine.components.model_info.vocab_size == VOCAB

@@ -58,12 +58,12 @@ def test_importing_folo_core_imports_no_torch() -> None:
 @pytest.mark.parametrize("arguments", [["--help"], ["plugins", "list"], ["--version"], ["config", "show", "--help"]])
 def test_help_and_listings_import_no_torch(arguments: list[str]) -> None:
     code = (
-        "import sys; sys.argv = ['folo', *{arguments!r}]\n"
+        f"import sys; sys.argv = ['folo', *{arguments!r}]\n"
         "from folo_core.cli.main import main\n"
         "try: main()\n"
         "except SystemExit as e: assert not e.code, e.code\n"
         "print('torch imported:', 'torch' in sys.modules, 'transformers imported:', 'transformers' in sys.modules)"
-    ).format(arguments=arguments)
+    )
     assert run_python(code).endswith("torch imported: False transformers imported: False")
 
 
@@ -260,8 +260,17 @@ def test_chat_commands(
 ) -> None:
     file = tmp_path / "talk.json"
     (conversation,) = talk(
-        monkeypatch, "/help", "/retry", "hello", "/retry", f"/save {file}", "/save /nowhere/x", "/system be long", "boom", "/clear"
-    )  # fmt: skip
+        monkeypatch,
+        "/help",
+        "/retry",
+        "hello",
+        "/retry",
+        f"/save {file}",
+        "/save /nowhere/x",
+        "/system be long",
+        "boom",
+        "/clear",
+    )
     saved = json.loads(file.read_text())
     assert [message["role"] for message in saved] == ["user", "assistant"]
     assert conversation.system == "be long"

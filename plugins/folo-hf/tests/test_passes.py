@@ -87,7 +87,7 @@ def test_layers_that_do_more_are_left_alone():
             return 2 * super().forward(x)
 
     hooked = nn.Linear(4, 4)
-    hooked.register_forward_hook(lambda module, args, output: output + 1)  # noqa: ARG005
+    hooked.register_forward_hook(lambda module, args, output: output + 1)
     model = nn.ModuleList([Scaled(4, 4), hooked, nn.Linear(4, 4)])
     assert PackLinears().run(model) == 1
     assert [type(child) for child in model] == [Scaled, nn.Linear, PackedLinear]

@@ -22,7 +22,7 @@ class TestConformance(SamplerConformance):
     plugin = "typical"
     name = "typical"
 
-    def params(self, part):  # noqa: ARG002
+    def params(self, part):
         return [
             TypicalParams(),
             TypicalParams(typical_p=0.3, seed=1),
