@@ -121,8 +121,9 @@ def _as_bounded(bias: Data) -> Data:
 
 
 def _are_biases(value: object) -> bool:
-    fine = isinstance(value, FrozenMap) and are_token_ids(tuple(value))
-    return fine and all(type(bias) is float and math.isfinite(bias) for bias in value.values())
+    if not isinstance(value, FrozenMap) or not are_token_ids(tuple(value)):
+        return False
+    return all(type(bias) is float and math.isfinite(bias) for bias in value.values())
 
 
 def _best_of_covers_n(params: SamplingParams) -> str | None:

@@ -35,8 +35,8 @@ class FakeTokenizer:
 
     def __init__(self, vocab_size: int = FAKE_VOCAB) -> None:
         self.vocab_size = vocab_size
-        self.eos_token_id = vocab_size - 1
-        self.all_special_ids = [self.eos_token_id]
+        self.eos_token_id: int | None = vocab_size - 1
+        self.all_special_ids = [vocab_size - 1]
 
     def __len__(self) -> int:
         return self.vocab_size
