@@ -36,6 +36,18 @@ class HfTokenizer:
     def __len__(self) -> int:
         return len(self.wrapped)
 
+    # Named here although they are the tokenizer's: a protocol check looks for them on the class.
+    @property
+    def eos_token_id(self) -> int | None:
+        """The token that ends a text, if there is one."""
+        token: int | None = self.wrapped.eos_token_id
+        return token
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Ids of the special tokens."""
+        return list(self.wrapped.all_special_ids)
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
         return list(self.wrapped.encode(text, add_special_tokens=add_special_tokens))
