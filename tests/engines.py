@@ -51,6 +51,8 @@ def run(engine: Engine, *, most_steps: int = 2000) -> dict[str, RequestOutput]:
 def assert_clean(engine: Engine) -> None:
     """Nothing of any request is left: blocks, queues, the runner's slots, sampler state."""
     engine.step()
+    while engine._in_flight:
+        engine.step()
     pool = engine.state.kv.pool
     runner = engine.executor.runner
     assert pool.num_free == pool.num_usable

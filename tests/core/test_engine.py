@@ -24,6 +24,8 @@ from engines import (
 )
 from folo_core.engine.engine import Engine
 from folo_core.errors import ParamsError, RequestError
+from folo_core.plugins import hookimpl
+from folo_core.plugins.specs import ExecutorSpec
 from folo_core.sampling_params import RequestOutputKind, SamplingParams
 from folo_core.testing.fakes import FAKE_VOCAB, FakeModel, fake_components
 
@@ -539,3 +541,68 @@ def test_a_fake_models_rows_are_really_read_from_blocks() -> None:
     assert final["a"].outputs[0].finish_reason == "error"
     assert "nobody wrote" in str(final["a"].error)
     assert torch.is_tensor(model.table)
+
+
+class DeferredExecutor:
+    """Keeps up to ``depth`` steps in flight: a step runs when its result is asked for, or a later one is submitted."""
+
+    __name__ = "deferred"
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+        self.most_in_flight = 0
+
+    def build(self, parts: Any) -> Any:
+        from folo_core.plugins.builtin import _in_process
+
+        self.inner = _in_process(parts)
+        self.inner.max_steps_in_flight = self.depth
+        submit, waiting = self.inner.submit, []
+
+        def defer(scheduled: Any) -> Any:
+            waiting.append(scheduled)
+            self.most_in_flight = max(self.most_in_flight, len(waiting))
+
+            class Handle:
+                def result(self) -> Any:
+                    waiting.remove(scheduled)
+                    return submit(scheduled).result()
+
+            return Handle()
+
+        self.inner.submit = defer
+        return self.inner
+
+    @hookimpl
+    def folo_executors(self) -> list[ExecutorSpec]:
+        return [ExecutorSpec(name="deferred", help="for tests", factory=self.build)]
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+@pytest.mark.parametrize("blocks", [10, 60])
+def test_steps_in_flight_change_no_token(depth: int, blocks: int) -> None:
+    executor = DeferredExecutor(depth)
+    engine, model = make_engine(
+        plugins=[executor],
+        executor="deferred",
+        num_blocks=blocks,
+        max_num_batched_tokens=6,
+        max_num_seqs=6,
+        max_model_len=40,
+    )
+    rng = random.Random(0)
+    prompts = {str(i): [rng.randrange(60) for _ in range(rng.randint(1, 20))] for i in range(12)}
+    for name, prompt in prompts.items():
+        engine.add_request(name, prompt, greedy(max_tokens=18))
+    engine.add_request("gone", [1] * 12, greedy(max_tokens=18))
+    for _ in range(4):
+        engine.step()
+    engine.abort("gone")
+    engine.add_request("gone", [2] * 9, greedy(max_tokens=5))
+    final = run(engine)
+    assert executor.most_in_flight == depth
+    assert blocks == 60 or sum(output.metrics.num_preemptions for output in final.values()) >= 3
+    for name, prompt in prompts.items():
+        assert final[name].outputs[0].token_ids == model.expected_tokens(prompt, 18)
+    assert final["gone"].outputs[0].token_ids == model.expected_tokens([2] * 9, 5)
+    assert_clean(engine)

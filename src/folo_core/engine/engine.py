@@ -9,6 +9,8 @@ from collections import deque
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+import attrs
+
 from folo_core.engine.input_processor import InputProcessor
 from folo_core.engine.observer import StepRecord
 from folo_core.engine.output_processor import OutputProcessor
@@ -63,7 +65,7 @@ class Engine:
         self.observers = list(components.observers)
         self.step_count = 0
         self._watchdog = None if config.step_timeout_s is None else StepWatchdog(config.step_timeout_s)
-        self._in_flight: deque[tuple[SchedulerOutput, StepHandle]] = deque()
+        self._in_flight: deque[_Flight] = deque()
         self._seq_ids = itertools.count()
         self._arrivals = itertools.count()
         self._released: list[int] = []
@@ -128,8 +130,8 @@ class Engine:
         else:
             outputs += self._note_idle_step()
         if len(self._in_flight) >= self.executor.max_steps_in_flight or (self._in_flight and not scheduled.seq_ids):
-            scheduled, handle = self._in_flight.popleft()
-            outputs += self._update(scheduled, self._await(scheduled, handle), started)
+            flight = self._in_flight.popleft()
+            outputs += self._update(flight, self._await(flight), started)
         return outputs
 
     def check_integrity(self) -> None:
@@ -151,6 +153,7 @@ class Engine:
             if request.metrics.first_scheduled_time is None:
                 request.metrics.first_scheduled_time = now
         for request in scheduled.preempted:
+            self._forget_in_flight(request)
             if request.wants_prompt_logprobs:
                 request.prompt_logprobs.clear()
         return scheduled
@@ -166,14 +169,20 @@ class Engine:
             # Ctrl-C: the caller will abort its requests; what the executor has not released yet stays noted.
             self._released = scheduled.released + self._released
             raise
-        self._in_flight.append((scheduled, handle))
+        self._in_flight.append(_Flight(scheduled, handle))
 
-    def _await(self, scheduled: SchedulerOutput, handle: StepHandle) -> StepResult:
+    def _forget_in_flight(self, request: Request) -> None:
+        """Ignore what steps in flight will bring for a request that has left: if it returns, it is computed anew."""
+        for flight in self._in_flight:
+            flight.dropped.add(request.request_id)
+
+    def _await(self, flight: _Flight) -> StepResult:
         try:
-            return handle.result()
+            return flight.handle.result()
         except Exception as error:
             logger.warning("step %d failed: %s", self.step_count, error, exc_info=logger.isEnabledFor(logging.DEBUG))
-            return StepResult(errors={request.request_id: self._step_error(error) for request in scheduled.scheduled})
+            fault = self._step_error(error)
+            return StepResult(errors={request.request_id: fault for request in flight.scheduled.scheduled})
 
     def _guard(self) -> AbstractContextManager[object]:
         return nullcontext() if self._watchdog is None else self._watchdog
@@ -188,23 +197,26 @@ class Engine:
         wrapped.__cause__ = error
         return wrapped
 
-    def _update(self, scheduled: SchedulerOutput, result: StepResult, started: float) -> list[RequestOutput]:
+    def _update(self, flight: _Flight, result: StepResult, started: float) -> list[RequestOutput]:
         """Bring requests up to date with a step's result."""
         self.step_count += 1
         outputs = []
         for request_id, error in result.errors.items():
-            if request_id in self.requests:
+            if self._concerns(flight, request_id):
                 outputs.append(self._end_early(self.requests[request_id], SequenceStatus.FINISHED_ERROR, error))
         for request_id, candidates in result.prompt_logprobs.items():
-            if request_id in self.requests:
+            if self._concerns(flight, request_id):
                 request = self.requests[request_id]
                 found = [self.outputs.decode_candidates(c) for c in candidates]
                 request.prompt_logprobs.extend(found if request.prompt_logprobs else [None, *found])
         now = time.monotonic()
-        known = [sample for sample in result.samples if sample.request_id in self.requests]
+        known = [sample for sample in result.samples if self._concerns(flight, sample.request_id)]
         outputs += [self._apply(self.requests[sample.request_id], sample, now) for sample in known]
-        self._observe(scheduled, result, started)
+        self._observe(flight.scheduled, result, started)
         return [output for output in outputs if output is not None]
+
+    def _concerns(self, flight: _Flight, request_id: str) -> bool:
+        return request_id in self.requests and request_id not in flight.dropped
 
     def _apply(self, request: Request, sample: RequestSample, now: float) -> RequestOutput | None:
         """Give a request's sequences their new tokens, end those that are done, and report."""
@@ -283,6 +295,7 @@ class Engine:
         if request in self.state.running:
             self.state.running.remove(request)
         del self.requests[request.request_id]
+        self._forget_in_flight(request)
         self.executor.remove_request(request.request_id)
         request.metrics.finished_time = time.monotonic()
         output = self.outputs.output(request, ranked, finished=True, error=error)
@@ -333,6 +346,15 @@ class Engine:
             except Exception:
                 logger.exception("observer %r raised and is dropped", observer)
                 self.observers.remove(observer)
+
+
+@attrs.frozen(slots=True)
+class _Flight:
+    """A submitted step, and the requests that have left it since."""
+
+    scheduled: SchedulerOutput
+    handle: StepHandle
+    dropped: set[str] = attrs.field(factory=set)
 
 
 class _FailedStep:

@@ -87,6 +87,8 @@ class StepPlanner:
         """
         wanted = [s.num_tokens - s.num_computed_tokens for s in sequences]
         total = sum(wanted)
+        if total == 0:
+            return None  # its newest token is still on the device
         chunk = self.budget.max_chunk_tokens
         if total <= self.tokens_left and max(wanted) <= chunk:
             return wanted
