@@ -37,6 +37,7 @@ def build_components(config: EngineConfig, registry: Registry) -> Components:
         PluginError: a named part does not exist, or its factory failed.
     """
     config = _with_plugin_sections(config, registry)
+    _warn_of_idle_options(config)
     config = attrs.evolve(config, model=attrs.evolve(config.model, model=_resolve_alias(config.model.model, registry)))
     loader = _choose_loader(config, registry).build(config)
     tokenizer = loader.load_tokenizer()
@@ -67,11 +68,18 @@ def build_components(config: EngineConfig, registry: Registry) -> Components:
 
 
 def _with_plugin_sections(config: EngineConfig, registry: Registry) -> EngineConfig:
-    sections = {part.name: part.spec.section_type for part in registry.all("config_sections")}
+    sections = {name: part.spec.section_type for name, part in registry.by_name("config_sections").items()}
     migrations: dict[tuple[str, int], Callable[..., dict[str, Any]]] = {
         (part.spec.section, part.spec.from_version): part.spec.migrate for part in registry.all("config_migrations")
     }
     return config.with_sections(sections, migrations)
+
+
+def _warn_of_idle_options(config: EngineConfig) -> None:
+    """Say which options change nothing yet, so that nobody measures them."""
+    for name in ("enable_prefix_caching", "swap_space"):
+        if getattr(config.cache, name):
+            logger.warning("cache.%s: %r: has no effect yet", name, getattr(config.cache, name))
 
 
 def _resolve_alias(model: str, registry: Registry) -> str:
