@@ -290,3 +290,26 @@ def test_chat_forgets_the_oldest_turns_when_the_window_is_full(
     assert "no longer fit" in capsys.readouterr().out
     assert 2 <= len(conversation.messages) < 16
     assert conversation.messages[0]["role"] == "user"
+
+
+def test_a_contested_subcommand_goes_by_its_qualified_name_and_the_others_work(site: Any) -> None:
+    """A plugin that offers a second ``chat`` must not take ``folo plugins doctor`` away."""
+    site.install(
+        "folo-rival",
+        """
+        from folo_core.plugins import hookimpl
+        from folo_core.plugins.specs import CommandSpec
+
+        @hookimpl
+        def folo_commands():
+            return [CommandSpec(name="chat", help="Another chat.", factory=dict)]
+        """,
+    )
+    run = "import sys; from folo_core.cli.main import main; sys.argv = ['folo', *{!r}]; main()"
+    listing = site.run(run.format(["--help"]))
+    assert "folo-rival:chat" in listing.stdout
+    assert "folo-cli:chat" in listing.stdout
+    assert listing.stderr == ""
+    doctor = site.run(run.format(["plugins", "doctor"]))
+    assert doctor.returncode == 1
+    assert "folo-rival:chat" in doctor.stdout + doctor.stderr

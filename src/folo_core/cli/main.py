@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections import Counter
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +31,12 @@ def commands() -> dict[str, Part]:
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        registry = load_registry()
+        parts = load_registry().all("commands")
     finally:
         log.setLevel(level)
-    return {part.name: registry.get("commands", part.name) for part in registry.all("commands")}
+    # A contested name is nobody's: its parts go by their qualified names, and every other command still works.
+    count = Counter(part.name for part in parts)
+    return {part.name if count[part.name] == 1 else part.qualified_name: part for part in parts}
 
 
 class LazyGroup(TyperGroup):
