@@ -75,6 +75,8 @@ def test_throughput_alone(bench):
     rate = report["engines"]["folo"]
     assert 0 < rate["min"] <= rate["median"] <= rate["max"]
     assert report["times_as_fast_as"] == {}
+    assert report["rounds"] == 2
+    assert 0 < report["fewest_cores_at_hand"] <= report["cores"]
 
 
 def test_throughput_against_a_peer(bench):

@@ -6,11 +6,13 @@ within each round, and their median is the verdict.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 import statistics
 import time
+from threading import Thread
 from typing import TYPE_CHECKING, Annotated, Any
 
 import attrs
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Measure latency and throughput, alone or against another engine.", no_args_is_help=True)
 
 STATIC_BATCH = 8
+CPUS: set[int] = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+"""Cores that this process may use. Read before OpenMP binds its threads."""
 
 Model = Annotated[str, typer.Option(help="Alias, folder, file or hub id.")]
 Against = Annotated[str | None, typer.Option(help="Another engine that the model's loader can open: transformers.")]
@@ -64,9 +68,10 @@ class Contestant:
 
 @attrs.define
 class Measurement:
-    """Seconds of each round, and the tokens of the last."""
+    """Seconds of each round and the cores there were, and the tokens of the last."""
 
     seconds: list[float] = attrs.field(factory=list)
+    cores: list[float] = attrs.field(factory=list)
     tokens: list[list[int]] = attrs.field(factory=list)
 
     def rates(self) -> list[float]:
@@ -100,7 +105,7 @@ def throughput(
             Contestant(f"{against}, static batches of {STATIC_BATCH}", lambda w: _in_batches(peer, w, STATIC_BATCH)),
         ]
     measured = _interleave(contestants, workload, rounds)
-    report = _describe(llm, workload, rounds) | {
+    report = _describe(llm, workload, measured) | {
         "unit": "output tokens/s",
         "engines": {name: _summary(result.rates()) for name, result in measured.items()},
         **_compare(measured),
@@ -130,7 +135,7 @@ def latency(
         contestants.append(Contestant(against, lambda w: _in_batches(peer, w, 1)))
     first = _interleave(contestants, attrs.evolve(workload, output_lengths=[1]), rounds)
     whole = _interleave(contestants, workload, rounds)
-    report = _describe(llm, workload, rounds) | {"unit": "ms", "engines": {}}
+    report = _describe(llm, workload, whole) | {"unit": "ms", "engines": {}}
     for name, result in whole.items():
         start = statistics.median(first[name].seconds)
         steps = [1e3 * (seconds - start) / (output_tokens - 1) for seconds in result.seconds]
@@ -210,6 +215,7 @@ def _interleave(contestants: list[Contestant], workload: Workload, rounds: int) 
         contestant.generate(warm_up)
     for number in range(rounds):
         for contestant in contestants:
+            cores = cores_at_hand()
             start = time.perf_counter()
             tokens = contestant.generate(workload)
             seconds = time.perf_counter() - start
@@ -218,11 +224,39 @@ def _interleave(contestants: list[Contestant], workload: Workload, rounds: int) 
                 raise FoloError(message)
             measured[contestant.name].seconds.append(seconds)
             measured[contestant.name].tokens = tokens
-            typer.echo(f"round {number + 1}/{rounds}  {contestant.name}: {seconds:.2f} s", err=True)
+            measured[contestant.name].cores.append(cores)
+            line = f"round {number + 1}/{rounds}  {contestant.name}: {seconds:.2f} s"
+            typer.echo(f"{line}  ({cores:.1f} of {len(CPUS)} cores at hand)", err=True)
     return measured
 
 
-def _describe(llm: LLM, workload: Workload, rounds: int) -> dict[str, Any]:
+def cores_at_hand() -> float:
+    """Measure how many of this process's cores others leave it now: on a shared machine fewer than it was given.
+
+    Every core hashes the same bytes at once (which takes no interpreter lock), and one core hashes them alone.
+    """
+    data = bytes(8 << 20)
+
+    def work(cpus: set[int]) -> None:
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, cpus)  # of this thread: OpenMP may have bound the one that it inherits from
+        hashlib.sha256(data)
+
+    def seconds(count: int) -> float:
+        threads = [Thread(target=work, args=(CPUS,)) for _ in range(count)]
+        start = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return time.perf_counter() - start
+
+    alone = min(seconds(1) for _ in range(3))
+    together = min(seconds(len(CPUS)) for _ in range(3))
+    return min(float(len(CPUS)), len(CPUS) * alone / together)
+
+
+def _describe(llm: LLM, workload: Workload, measured: dict[str, Measurement]) -> dict[str, Any]:
     """Say what was run, and where."""
     info = llm.engine.components.model_info
     return {
@@ -231,8 +265,9 @@ def _describe(llm: LLM, workload: Workload, rounds: int) -> dict[str, Any]:
         "dtype": info.dtype,
         "device": info.device,
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
-        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "rounds": rounds,
+        "cores": len(CPUS),
+        "fewest_cores_at_hand": min(cores for result in measured.values() for cores in result.cores),
+        "rounds": len(next(iter(measured.values())).seconds),
         "requests": len(workload.prompts),
         "prompt_tokens": sum(map(len, workload.prompts)),
         "output_tokens": sum(workload.output_lengths),
