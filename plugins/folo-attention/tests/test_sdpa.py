@@ -195,7 +195,20 @@ def test_consecutive_blocks_are_read_in_place():
     harness = Harness(case)
     (tile,) = harness.metadata([(0, 8, 9)]).plan.decode_tiles(None)
     assert tile.slots == slice(4, 13)
-    assert tile.read(harness.backend._keys[0]).data_ptr() == harness.backend._keys[0][4].data_ptr()
+    keys, values = harness.backend._keys[0], harness.backend._values[0]
+    read = harness.backend._read(keys, values, tile)
+    assert [tensor.data_ptr() for tensor in read] == [keys[4].data_ptr(), values[4].data_ptr()]
+
+
+def test_gathered_tiles_reuse_their_memory():
+    case = Case(4, 1, 1, 4, 4, [[50], [90]], None, None, scattered=True, seed=0)
+    harness = Harness(case)
+    places = []
+    for _ in range(2):
+        for sequence, length in enumerate(case.lengths):
+            harness.step([(sequence, length - 1, length)], layer=0)
+            places.append(harness.backend._scratch["keys"].data_ptr())
+    assert len(set(places[1:])) == 1
 
 
 def test_window_reads_only_its_own_blocks():

@@ -27,7 +27,7 @@ QUERY_TILE = 256
 MAX_BATCH = {"cpu": 8, "cuda": 256}
 """Most sequences in one decode call: on a CPU the gathered keys should stay in its cache."""
 
-MAX_PADDING = 0.15
+MAX_PADDING = 0.25
 """Largest share of padding in a decode call's keys."""
 
 
@@ -43,10 +43,6 @@ class Tile:
     """Added to scores: 0 where a key is seen, else minus infinity. None if all are, or ``is_causal`` says which."""
     is_causal: bool = False
     """There are as many keys as queries, and each query sees those up to its own."""
-
-    def read(self, cache: torch.Tensor) -> torch.Tensor:
-        """``[keys, kv_heads, head_size]``, in place or gathered."""
-        return cache[self.slots] if isinstance(self.slots, slice) else cache.index_select(0, self.slots)
 
 
 class StepPlan:

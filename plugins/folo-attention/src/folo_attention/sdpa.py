@@ -43,6 +43,7 @@ class SdpaBackend:
         self._num_slots = 0
         self._block_size = 0
         self._device = torch.device("cpu")
+        self._scratch: dict[str, torch.Tensor] = {}
 
     def allocate(self, specs: list[KVCacheSpec], num_blocks: int, block_size: int, device: torch.device) -> None:
         """Allocate zeroed ``[slots + 1, kv_heads, head_size]`` keys and values for each layer; the last stays zero."""
@@ -82,11 +83,11 @@ class SdpaBackend:
         scoring = Scoring(scale, softcap)
         output = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
         for tile in plan.prefill_tiles(sliding_window):
-            output[tile.rows] = _attend_rows(query[tile.rows], tile.read(keys), tile.read(values), tile, scoring)
+            output[tile.rows] = _attend_rows(query[tile.rows], *self._read(keys, values, tile), tile, scoring)
         if plan.decode_rows is not None:
             queries = query.index_select(0, plan.decode_rows)
             pieces = [
-                _attend_batch(queries[tile.rows], tile.read(keys), tile.read(values), tile, scoring)
+                _attend_batch(queries[tile.rows], *self._read(keys, values, tile), tile, scoring)
                 for tile in plan.decode_tiles(sliding_window)
             ]
             output.index_copy_(0, plan.decode_rows, torch.cat(pieces))
@@ -103,6 +104,26 @@ class SdpaBackend:
         slots = self._slots_of(blocks)
         for cache in (*self._keys, *self._values):
             cache.index_fill_(0, slots, 0)
+
+    def _read(self, keys: torch.Tensor, values: torch.Tensor, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
+        """A tile's keys and values, ``[slots, kv_heads, head_size]``: in place, or gathered."""
+        if isinstance(tile.slots, slice):
+            return keys[tile.slots], values[tile.slots]
+        return self._gather("keys", keys, tile.slots), self._gather("values", values, tile.slots)
+
+    def _gather(self, name: str, cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """Copies of slots; on a CPU in memory that the next tile reuses.
+
+        The C allocator hands megabytes back to the system as soon as they are freed, and touching new ones page by
+        page took three times as long as the attention itself. CUDA's caching allocator knows no such cost.
+        """
+        if cache.device.type != "cpu":
+            return cache.index_select(0, slots)
+        size = slots.numel() * cache[0].numel()
+        scratch = self._scratch.get(name)
+        if scratch is None or scratch.numel() < size or scratch.dtype != cache.dtype:
+            scratch = self._scratch[name] = torch.empty(size, dtype=cache.dtype)
+        return torch.index_select(cache, 0, slots, out=scratch[:size].view(slots.numel(), *cache.shape[1:]))
 
     def _slots_of(self, blocks: list[int]) -> torch.Tensor:
         first = np.asarray(blocks, dtype=np.int64)[:, None] * self._block_size
