@@ -91,6 +91,31 @@ def test_the_passes_are_in_what_was_compared(tmp_path):
     assert torch.nn.Linear not in kinds
 
 
+def test_the_head_runs_for_wanted_rows_alone(tmp_path):
+    folder = save_model(tmp_path, ARCHITECTURES["llama"]())
+    model = make_loader(folder, skip_tokenizer_init=True).load_model(None)
+    seen = []
+    model.module.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    PagedDecoder(model).run([list(range(20)), [5]], 1, chunk=20)
+    assert seen == [1, 1]
+
+
+def test_a_class_that_cannot_choose_rows_gives_the_same_ones(tmp_path, monkeypatch):
+    folder = save_model(tmp_path, ARCHITECTURES["llama"]())
+    model = make_loader(folder, skip_tokenizer_init=True).load_model(None)
+    wanted = PagedDecoder(model).run(PROMPTS, 3)
+    inner = transformers.LlamaForCausalLM.forward
+
+    def forward(self, input_ids, position_ids, use_cache, return_dict):
+        return inner(self, input_ids, position_ids=position_ids, use_cache=use_cache, return_dict=return_dict)
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", forward)
+    model = make_loader(folder, skip_tokenizer_init=True).load_model(None)
+    tokens, logits = PagedDecoder(model).run(PROMPTS, 3)
+    assert tokens == wanted[0]
+    torch.testing.assert_close(logits, wanted[1], rtol=0, atol=1e-5)
+
+
 def test_two_models_in_one_process_do_not_mix(tmp_path):
     folders = [save_model(tmp_path / name, ARCHITECTURES[name]()) for name in ("llama", "qwen3")]
     alone = []

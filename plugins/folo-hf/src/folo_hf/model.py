@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +29,7 @@ class HfLoadedModel:
         self._bridge = bridge
         self._layers = shape.layers
         self._target: PagedTarget | None = None
+        self._chooses_rows = "logits_to_keep" in inspect.signature(module.forward).parameters
         bridge.release_with(self)
 
     def bind(self, backend: AttentionBackend) -> None:
@@ -45,16 +47,17 @@ class HfLoadedModel:
         """Logits ``[rows, vocab_size]`` of the packed tokens that ``logits_indices`` names (see ``LoadedModel``)."""
         if self._target is None:
             raise RuntimeError("bind() an attention backend before forward()")
+        rows = {"logits_to_keep": logits_indices} if self._chooses_rows else {}
         self._target.metadata = metadata
         try:
             output = self.module(
                 input_ids=input_ids[None],
                 position_ids=positions[None],
                 use_cache=False,
-                logits_to_keep=logits_indices,
                 return_dict=True,
+                **rows,
             )
         finally:
             self._target.metadata = None
         logits: torch.Tensor = output.logits[0]
-        return logits
+        return logits if self._chooses_rows else logits[logits_indices]
