@@ -9,7 +9,7 @@ import transformers
 # Test modules are imported by path, so that equal names in other distributions do not clash; helpers are not.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from hf_models import SMALL, save_model, save_tokenizer
+from tiny_models import SMALL, save_model, save_tokenizer
 
 
 @pytest.fixture(autouse=True)

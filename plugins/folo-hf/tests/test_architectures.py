@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from hf_models import ARCHITECTURES, SMALL, VOCAB, PagedDecoder, make_loader, save_model
+from tiny_models import ARCHITECTURES, SMALL, VOCAB, PagedDecoder, make_loader, save_model
 from transformers import AutoModelForCausalLM
 
 from folo_core.errors import UnsupportedModelError

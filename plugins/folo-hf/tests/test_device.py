@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 import pytest
 import torch
-from hf_models import PagedDecoder, make_loader, save_model
+from tiny_models import PagedDecoder, make_loader, save_model
 
 from folo_core.errors import ModelLoadError
 from folo_hf.device import TorchProbe, resolve_device, resolve_dtype

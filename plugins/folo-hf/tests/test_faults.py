@@ -8,8 +8,8 @@ import shutil
 
 import pytest
 import torch
-from hf_models import VOCAB, make_loader, save_model, save_tokenizer
 from safetensors.torch import load_file, save_file
+from tiny_models import VOCAB, make_loader, save_model, save_tokenizer
 
 from folo_core.errors import ModelLoadError
 

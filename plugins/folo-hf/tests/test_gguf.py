@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from hf_models import PagedDecoder, make_loader
+from tiny_models import PagedDecoder, make_loader
 from transformers import AutoModelForCausalLM
 
 import folo_hf.gguf

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hf_models import save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import save_model
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config
 from transformers.pytorch_utils import Conv1D

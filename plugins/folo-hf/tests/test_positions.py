@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hf_models import SMALL, PagedDecoder, make_loader, save_model
+from tiny_models import SMALL, PagedDecoder, make_loader, save_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PretrainedConfig
 
 from folo_hf.positions import UNLIMITED, position_limit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
-from hf_models import save_tokenizer
+from tiny_models import save_tokenizer
 
 from folo_core.errors import RequestError
 from folo_hf.templates import TemplateRenderer

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hf_models import VOCAB, save_model, save_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import VOCAB, save_model, save_tokenizer
 from transformers import AutoModelForCausalLM
 
 from folo_core.execution.loading import Tokenizer
