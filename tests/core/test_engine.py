@@ -606,3 +606,22 @@ def test_steps_in_flight_change_no_token(depth: int, blocks: int) -> None:
         assert final[name].outputs[0].token_ids == model.expected_tokens(prompt, 18)
     assert final["gone"].outputs[0].token_ids == model.expected_tokens([2] * 9, 5)
     assert_clean(engine)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_backend_gets_metadata_on_the_device_if_it_asks(*, wanted: bool) -> None:
+    engine, _ = make_engine()
+    backend = engine.executor.runner.backend
+    backend.wants_device_metadata = wanted
+    plans = []
+    backend.plan = plans.append
+    engine.add_request("a", [1, 2, 3], greedy(max_tokens=4, ignore_eos=True))
+    run(engine)
+    assert plans
+    for plan in plans:
+        tensors = (plan.query_start_device, plan.seq_lens_device, plan.block_tables_device)
+        if wanted:
+            arrays = (plan.query_start, plan.seq_lens, plan.block_tables)
+            assert all(t.tolist() == a.tolist() for t, a in zip(tensors, arrays, strict=True))
+        else:
+            assert tensors == (None, None, None)

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from folo_core.request import Request
     from folo_core.scheduling.interface import Fork, NewSequence, SchedulerOutput
 
-_COLUMNS: dict[str, tuple[type, torch.dtype]] = {
-    "temperature": (np.float32, torch.float32),
-    "top_k": (np.int64, torch.int64),
-    "top_p": (np.float32, torch.float32),
-    "min_p": (np.float32, torch.float32),
-    "seeds": (np.int64, torch.int64),
-    "sequence_indices": (np.int64, torch.int64),
+_COLUMNS = {
+    "temperature": np.float32,
+    "top_k": np.int64,
+    "top_p": np.float32,
+    "min_p": np.float32,
+    "seeds": np.int64,
+    "sequence_indices": np.int64,
 }
 
 
@@ -68,7 +68,7 @@ class InputBatch:
         self.num_computed = np.zeros(capacity, dtype=np.int64)
         self.block_tables = np.zeros((capacity, -(-(max_model_len + 1) // block_size)), dtype=np.int32)
         self.columns: dict[str, NDArray[Any]] = {
-            name: np.zeros(capacity, dtype=dtype) for name, (dtype, _) in _COLUMNS.items()
+            name: np.zeros(capacity, dtype=dtype) for name, dtype in _COLUMNS.items()
         }
         self.requests: list[Request | None] = [None] * capacity
         self.histories: list[list[int] | None] = [None] * capacity
@@ -168,6 +168,12 @@ class InputBatch:
             metadata=metadata,
         )
 
+    def upload_plan(self, metadata: AttentionMetadata) -> None:
+        """Fill in the ``*_device`` tensors, for backends that ask for them."""
+        metadata.query_start_device = self._upload(metadata.query_start)
+        metadata.seq_lens_device = self._upload(metadata.seq_lens)
+        metadata.block_tables_device = self._upload(metadata.block_tables)
+
     def gather_columns(self, slots: NDArray[np.int64]) -> dict[str, torch.Tensor]:
         """Return the sampling parameters of these slots as device tensors ``[len(slots)]``, plus ``slots``."""
         if self._uploaded != self.version:
@@ -192,6 +198,6 @@ class InputBatch:
         columns["seeds"][slot] = request.seed
         columns["sequence_indices"][slot] = index
 
-    def _upload(self, array: NDArray[np.int64]) -> torch.Tensor:
+    def _upload(self, array: NDArray[Any]) -> torch.Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
