@@ -18,9 +18,10 @@ from folo_core.plugins.manager import load_registry
 from folo_core.sampling_params import RequestOutputKind
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable
 
     from folo_core.components import Components
+    from folo_core.engine.input_processor import Prompt
     from folo_core.outputs import RequestOutput
     from folo_core.sampling_params import SamplingParams
 
@@ -86,7 +87,7 @@ class AsyncEngine:
 
     async def generate(
         self,
-        prompt: str | Mapping[str, object] | Sequence[int],
+        prompt: Prompt,
         sampling_params: SamplingParams,
         request_id: str | None = None,
         *,
@@ -153,7 +154,7 @@ class AsyncEngine:
         self,
         request_id: str,
         stream: _Stream,
-        prompt: str | Mapping[str, object] | Sequence[int],
+        prompt: Prompt,
         params: SamplingParams,
         priority: int,
     ) -> None:

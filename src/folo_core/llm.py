@@ -19,11 +19,11 @@ from folo_core.sampling_params import RequestOutputKind, SamplingParams
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from folo_core.engine.input_processor import Prompt
     from folo_core.execution.loading import Tokenizer
     from folo_core.outputs import RequestOutput
     from folo_core.plugins.registry import Registry
 
-PromptLike = str | Mapping[str, object] | Sequence[int]
 Message = Mapping[str, Any]
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: PromptLike | Sequence[PromptLike],
+        prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
@@ -106,7 +106,7 @@ class LLM:
 
     def generate_as_finished(
         self,
-        prompts: Sequence[PromptLike],
+        prompts: Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         priority: Sequence[int] | None = None,
@@ -133,7 +133,7 @@ class LLM:
         finally:
             self.engine.abort(places)
 
-    def stream(self, prompt: PromptLike, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Yield what is new of one prompt's answer after each step. Leaving early aborts the request.
 
         Raises:
@@ -225,14 +225,14 @@ def chat_prompt(
     return {"prompt": prompt, "prompt_token_ids": tokenizer.encode(prompt, add_special_tokens=False)}
 
 
-def _as_batch(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:
+def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """Tell one prompt from many: a list of numbers is one prompt of token ids."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
     items = list(prompts)
     if items and all(isinstance(item, int) for item in items):
         return [cast("list[int]", items)]
-    return cast("list[PromptLike]", items)
+    return cast("list[Prompt]", items)
 
 
 def _one_each(given: T | Sequence[T], count: int, name: str) -> list[T]:

@@ -23,11 +23,12 @@ from folo_core.scheduling.queue import RequestQueue
 from folo_core.sequence import SequenceStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
     from collections.abc import Sequence as SequenceOf
     from contextlib import AbstractContextManager
 
     from folo_core.components import Components
+    from folo_core.engine.input_processor import Prompt
     from folo_core.execution.interface import Candidates, RequestSample, StepHandle
     from folo_core.outputs import RequestOutput
     from folo_core.request import Request
@@ -49,12 +50,10 @@ class Engine:
         config = components.config
         self.executor = components.executor
         self.scheduler = components.scheduler.part
-        self.inputs = InputProcessor(components)
+        kv = KVCacheManager(components.kv_blocks, config.cache.block_size)
+        self.inputs = InputProcessor(components, kv)
         self.outputs = OutputProcessor(components.tokenizer, self.inputs.max_model_len)
-        self.state = SchedulerState(
-            kv=KVCacheManager(components.kv_blocks, config.cache.block_size),
-            waiting=RequestQueue(self.scheduler.order),
-        )
+        self.state = SchedulerState(kv=kv, waiting=RequestQueue(self.scheduler.order))
         self.budget = StepBudget(
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
             max_num_seqs=config.scheduler.max_num_seqs,
@@ -81,7 +80,7 @@ class Engine:
     def add_request(
         self,
         request_id: str,
-        prompt: str | Mapping[str, object] | SequenceOf[int],
+        prompt: Prompt,
         params: SamplingParams,
         *,
         priority: int = 0,
@@ -110,8 +109,7 @@ class Engine:
         """End requests wherever they are and return their last outputs; unknown ids are ignored."""
         ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
         found = [self.requests[request_id] for request_id in ids if request_id in self.requests]
-        ended = [self._end_early(request, SequenceStatus.FINISHED_ABORTED) for request in found]
-        return [output for output in ended if output is not None]
+        return self._end_all(found, SequenceStatus.FINISHED_ABORTED)
 
     def step(self) -> list[RequestOutput]:
         """Run one step and return what changed for callers.
@@ -124,7 +122,8 @@ class Engine:
         try:
             scheduled = self._schedule()
         except Exception as error:  # noqa: BLE001 (a scheduler plugin may raise anything)
-            return self._fail_all(self.components.scheduler.fault("scheduler", error))
+            fault = self.components.scheduler.fault("scheduler", error)
+            return self._end_all(list(self.requests.values()), SequenceStatus.FINISHED_ERROR, fault)
         if scheduled.seq_ids or scheduled.released or scheduled.zero_blocks:
             self._submit(scheduled)
         else:
@@ -261,9 +260,10 @@ class Engine:
         self._forks.append(Fork(parent.seq_id, child.seq_id, child.index, parent.num_tokens, tail, blocks))
         return child
 
-    def _close(self, request: Request, sequence: Sequence, status: SequenceStatus) -> None:
+    def _close(self, request: Request, sequence: Sequence, status: SequenceStatus) -> list[int]:
+        """End one sequence and return the blocks it held."""
         request.close_sequence(sequence, status)
-        self._release(sequence)
+        return self._release(sequence)
 
     def _release(self, sequence: Sequence) -> list[int]:
         self._released.append(sequence.seq_id)
@@ -275,8 +275,7 @@ class Engine:
         """End all of a request's live sequences in ``status``."""
         held = []
         for sequence in request.live.copy():
-            request.close_sequence(sequence, status)
-            held += self._release(sequence)
+            held += self._close(request, sequence, status)
         if status is SequenceStatus.FINISHED_ERROR:
             # A NaN in a freed block would reach its next owner through masked attention (0 * NaN).
             pool = self.state.kv.pool
@@ -303,10 +302,11 @@ class Engine:
             self.outputs.forget(sequence)
         return output
 
-    def _fail_all(self, error: Exception) -> list[RequestOutput]:
-        ended = [
-            self._end_early(request, SequenceStatus.FINISHED_ERROR, error) for request in list(self.requests.values())
-        ]
+    def _end_all(
+        self, requests: Iterable[Request], status: SequenceStatus, error: Exception | None = None
+    ) -> list[RequestOutput]:
+        """End requests early and return the outputs that their callers want."""
+        ended = [self._end_early(request, status, error) for request in requests]
         return [output for output in ended if output is not None]
 
     def _note_idle_step(self) -> list[RequestOutput]:
@@ -319,8 +319,7 @@ class Engine:
         self._idle_steps = 0
         request = next(iter(self.requests.values()))
         message = f"request {request.request_id!r}: scheduler {self.components.scheduler.name!r} makes no progress"
-        ended = self._end_early(request, SequenceStatus.FINISHED_ERROR, FoloError(message))
-        return [] if ended is None else [ended]
+        return self._end_all([request], SequenceStatus.FINISHED_ERROR, FoloError(message))
 
     def _observe(self, scheduled: SchedulerOutput, result: StepResult, started: float) -> None:
         if scheduled.seq_ids:

@@ -3,41 +3,32 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping, Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import attrs
 
 from folo_core.errors import ParamsError, RequestError
+from folo_core.kv_cache.block_table import blocks_for
 from folo_core.request import Request, RequestMetrics
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from folo_core.components import Components
+    from folo_core.kv_cache.manager import KVCacheManager
     from folo_core.sampling_params import SamplingParams
 
 
-class TokensPrompt(TypedDict):
-    """A prompt that is tokens already."""
-
-    prompt_token_ids: list[int]
-
-
-class TextPrompt(TypedDict):
-    """A prompt as text."""
-
-    prompt: str
-
-
-Prompt = "str | TextPrompt | TokensPrompt | Sequence[int]"
+Prompt = str | Mapping[str, object] | Sequence[int]
+"""A text, ``{"prompt": text}``, ``{"prompt_token_ids": [...]}`` or a list of token ids."""
 
 
 class InputProcessor:
     """Tokenises, validates and resolves, for one engine."""
 
-    def __init__(self, components: Components) -> None:
+    def __init__(self, components: Components, kv: KVCacheManager) -> None:
         self.components = components
+        self.kv = kv
         self.tokenizer = components.tokenizer
         self.info = components.model_info
         limit = components.config.scheduler.max_model_len
@@ -49,7 +40,7 @@ class InputProcessor:
     def process(
         self,
         request_id: str,
-        prompt: str | Mapping[str, object] | Sequence[int],
+        prompt: Prompt,
         params: SamplingParams,
         *,
         priority: int = 0,
@@ -83,7 +74,7 @@ class InputProcessor:
         self._check_size(request, max_tokens)
         return request
 
-    def _tokenize(self, prompt: str | Mapping[str, object] | Sequence[int]) -> tuple[str | None, tuple[int, ...]]:
+    def _tokenize(self, prompt: Prompt) -> tuple[str | None, tuple[int, ...]]:
         if isinstance(prompt, dict):
             if "prompt_token_ids" in prompt:
                 text = prompt.get("prompt")
@@ -125,17 +116,16 @@ class InputProcessor:
 
     def _check_size(self, request: Request, max_tokens: int) -> None:
         """Refuse what could never run, however empty the engine is."""
-        scheduler, kv = self.components.config.scheduler, self.components.kv_blocks
-        block_size = self.components.config.cache.block_size
-        tokens = len(request.prompt_token_ids) + max_tokens
-        needed = -(-tokens // block_size) * request.width
-        if request.width > scheduler.max_num_seqs:
-            message = f"n: {request.width} sequences: at most max_num_seqs={scheduler.max_num_seqs} run at once"
+        places = self.components.config.scheduler.max_num_seqs
+        if request.width > places:
+            message = f"n: {request.width} sequences: at most max_num_seqs={places} run at once"
             raise RequestError(message, code="too_many_sequences")
-        if needed > kv - 1:
+        tokens = len(request.prompt_token_ids) + max_tokens
+        if not self.kv.can_ever_fit(tokens, request.width):
+            needed = blocks_for(tokens, self.kv.block_size) * request.width
             message = (
                 f"request needs {needed} KV blocks ({tokens} tokens x {request.width} sequences), the cache has "
-                f"{kv - 1}: lower max_tokens or n, or give the cache more memory (kv_cache_bytes)"
+                f"{self.kv.pool.num_usable}: lower max_tokens or n, or give the cache more memory (kv_cache_bytes)"
             )
             raise RequestError(message, code="kv_cache_too_small")
 

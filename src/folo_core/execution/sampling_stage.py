@@ -66,7 +66,7 @@ class SamplingStage:
         """
         logits = logits.float()
         raw = self._raw_log_probs(logits, slots)
-        logits = self._process(logits, slots, result.errors)
+        self._process(logits, slots, result.errors)
         self._reject_bad_rows(logits, slots, result.errors)
         for name, part in self.samplers.items():
             rows = np.flatnonzero(self._slot_sampler[slots] == self._sampler_ids[name])
@@ -84,13 +84,12 @@ class SamplingStage:
         log_probs = _take(logits, rows).log_softmax(-1)
         return dict(zip(rows.tolist(), log_probs, strict=True))
 
-    def _process(self, logits: torch.Tensor, slots: NDArray[np.int64], errors: dict[str, Exception]) -> torch.Tensor:
+    def _process(self, logits: torch.Tensor, slots: NDArray[np.int64], errors: dict[str, Exception]) -> None:
         for number, processor in enumerate(self.processors):
             rows = self._without_failed(np.flatnonzero(self._slot_uses[number, slots]), slots, errors)
             if len(rows):
                 call = partial(self._apply, processor.part, logits, slots, rows)
                 self._guard("logits processor", processor, slots[rows], errors, call)
-        return logits
 
     def _apply(
         self, processor: LogitsProcessor, logits: torch.Tensor, slots: NDArray[np.int64], rows: NDArray[np.int64]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class RequestQueue:
-    """A heap with removal by id: push and pop are O(log n), a removed request is skipped when it surfaces."""
+    """A heap with removal by id: push is O(log n), a removed request is skipped when it surfaces."""
 
     def __init__(self, order: Callable[[Request], Any]) -> None:
         self._order = order
@@ -46,17 +46,6 @@ class RequestQueue:
         while self._members.get(self._heap[0][2].request_id) is not self._heap[0][2]:
             heapq.heappop(self._heap)
         return self._heap[0][2]
-
-    def pop(self) -> Request:
-        """Remove and return the first request.
-
-        Raises:
-            IndexError: the queue is empty.
-        """
-        request = self.peek()
-        heapq.heappop(self._heap)
-        del self._members[request.request_id]
-        return request
 
     def remove(self, request_id: str) -> Request | None:
         """Take a request out, wherever it stands; None if it is not there."""
