@@ -330,3 +330,25 @@ def test_ctrl_c_in_a_step_leaves_an_engine_that_can_go_on() -> None:
     engine.add_request("b", [1, 2], greedy())
     assert run(engine)["b"].outputs[0].token_ids == model.expected_tokens([1, 2], 8)
     assert_clean(engine)
+
+
+def test_ctrl_c_before_a_step_runs_still_lets_a_failed_requests_blocks_be_zeroed() -> None:
+    engine, model = make_engine(num_blocks=11, max_model_len=40)
+    model.edit_logits = lambda logits, pasts: logits.fill_(float("nan"))
+    engine.add_request("v", VICTIM, greedy())
+    engine.step()
+    cache = engine.executor.runner.backend.cache
+    assert (cache == 9).any(), "the fault left something behind"
+    submit = engine.executor.submit
+
+    def interrupt(scheduled: SchedulerOutput) -> Any:
+        assert scheduled.zero_blocks
+        raise KeyboardInterrupt
+
+    engine.executor.submit = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    engine.executor.submit = submit
+    engine.step()
+    assert not (cache == 9).any()
+    assert_clean(engine)

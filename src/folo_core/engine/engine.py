@@ -165,8 +165,9 @@ class Engine:
         except Exception as error:  # noqa: BLE001 (a model may raise anything; the engine lives on)
             handle = _FailedStep(self._step_error(error))
         except BaseException:
-            # Ctrl-C: the caller will abort its requests; what the executor has not released yet stays noted.
+            # Ctrl-C: the caller will abort its requests; what the executor may not have done yet stays noted.
             self._released = scheduled.released + self._released
+            self._zero_blocks = scheduled.zero_blocks + self._zero_blocks
             raise
         self._in_flight.append(_Flight(scheduled, handle))
 
