@@ -18,7 +18,7 @@ import torch
 from folo_core.plugins.manager import load_registry
 from folo_core.sampling.rng import uniform
 from folo_core.sampling_params import SamplingParams
-from folo_core.testing.builders import make_metadata
+from folo_core.testing.builders import make_context, make_metadata
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +56,8 @@ def cases(rows: int, vocab_size: int, history: int, device: torch.device) -> dic
         half = [history // 2] * rows
         return make_metadata(params, vocab_size=vocab_size, histories=tokens, prompt_lengths=half, device=device)
 
-    greedy, random = (registry.get("samplers", name).build(vocab_size, device) for name in ("greedy", "random"))
+    context = make_context(vocab_size=vocab_size, device=device)
+    greedy, random = (registry.get("samplers", name).build(context) for name in ("greedy", "random"))
     plain = metadata([{}])
     found: dict[str, Callable[[], object]] = {
         "random numbers": lambda: uniform(plain.seeds, plain.sequence_indices, plain.positions),

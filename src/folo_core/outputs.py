@@ -38,6 +38,9 @@ class CompletionOutput:
     stop_reason: int | str | None = None
     """The stop token id or stop string that ended it; None for EOS."""
 
+    score: float | None = None
+    """What its strategy ranked it by; None where nothing was ranked."""
+
     @property
     def finished(self) -> bool:
         """Whether this candidate has ended."""

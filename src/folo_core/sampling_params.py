@@ -253,6 +253,19 @@ class SamplingParams(Checked):
         return self.best_of
 
     @property
+    def grows_in_place(self) -> bool:
+        """Whether what an answer has so far stays as it is, so that pieces of it can be sent before the end.
+
+        False for strategies that may drop an answer or replace its beginning: those are sent when they are complete.
+        """
+        return self.best_of == self.n
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the strategy gives its answers scores that a caller should see."""
+        return self.best_of > 1
+
+    @property
     def best_of(self) -> int:
         """How many candidates to generate; ``n`` unless given."""
         return self.n if self._best_of is None else self._best_of

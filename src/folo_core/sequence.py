@@ -144,6 +144,12 @@ class Sequence:
     """Per output token, when the request asked for log probabilities."""
     stop_reason: int | str | None = None
     """The stop token or stop string that ended the sequence; None for EOS, length, abort and error."""
+    score: float = 0.0
+    """What its strategy ranks it by; a fork starts with its parent's."""
+    tag: int = 0
+    """The number by which its strategy knows it."""
+    draft_token_ids: list[int] = attrs.field(factory=list)
+    """Guesses at its next tokens, to be computed and judged in the next step."""
 
     @property
     def num_tokens(self) -> int:
@@ -192,6 +198,8 @@ class Sequence:
             block_table=None if self.block_table is None else self.block_table.fork(),
             detokenizer=None if self.detokenizer is None else self.detokenizer.fork(),
             logprobs=None if self.logprobs is None else self.logprobs.copy(),
+            score=self.score,
+            tag=self.tag,
         )
 
 

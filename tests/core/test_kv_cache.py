@@ -149,8 +149,9 @@ def test_a_sequence_that_gets_no_tokens_copies_nothing() -> None:
 
 def test_what_can_never_fit_is_known_beforehand() -> None:
     manager = KVCacheManager(num_blocks=5, block_size=4)
-    assert manager.can_ever_fit(8, 2)
-    assert not manager.can_ever_fit(9, 2)
+    assert manager.most_blocks(0, 8, 2) == 4
+    assert manager.most_blocks(7, 8, 2) == 3  # of the prompt, the full block is shared
+    assert manager.most_blocks(8, 9, 2) == 4
 
 
 class BlockTables(RuleBasedStateMachine):

@@ -15,7 +15,7 @@ from folo_core.sampling_params import SamplingParams
 from folo_core.scheduling.interface import SchedulerOutput
 from folo_core.scheduling.planner import StepPlanner
 from folo_core.testing import conformance, strategies
-from folo_core.testing.builders import logits_of, make_metadata, make_request
+from folo_core.testing.builders import logits_of, make_context, make_metadata, make_request
 from folo_core.testing.conformance import (
     LogitsProcessorConformance,
     PluginConformance,
@@ -28,7 +28,7 @@ from folo_core.testing.harness import SamplerHarness, check_sampler_output
 class Random:
     """Draws from the softmax: the honest sampler from which the bad ones are made."""
 
-    def __init__(self, vocab_size, device):
+    def __init__(self, context):
         self.seen = {}
 
     def add_request(self, request):
@@ -167,7 +167,7 @@ class Foreign(Random):
 
 
 class NoFinish:
-    def __init__(self, vocab_size, device):
+    def __init__(self, context):
         """Offer only half the contract."""
 
     def step(self, logits, metadata):
@@ -182,7 +182,7 @@ MUTANTS = {
     "parents dtype": (changed(parents=lambda o: o.parents.float()), SHAPE, "parents: float32"),
     "parents outside": (changed(parents=lambda o: o.parents + 1), SHAPE, "parents: .*outside"),
     "token outside": (changed(tokens=lambda o: o.tokens + 1000), SHAPE, "tokens: largest"),
-    "no token": (changed(tokens=lambda o: o.tokens * 0 - 1), SHAPE, "at least one token"),
+    "no token": (changed(tokens=lambda o: o.tokens * 0 - 1), SHAPE, "no answer with a token"),
     "pad left": (
         changed(tokens=lambda o: torch.cat([o.tokens * 0 - 1, o.tokens], 1)),
         SHAPE,
@@ -517,7 +517,7 @@ def test_logits_depend_on_the_history_alone():
 
 @given(made=strategies.metadata(vocab_size=7), logits=strategies.logits(rows=5, vocab_size=7))
 def test_a_generated_batch_can_be_sampled(made, logits):
-    output = Random(7, "cpu").step(logits[: made.num_rows], made)
+    output = Random(make_context(vocab_size=7)).step(logits[: made.num_rows], made)
     check_sampler_output(output, made, 7)
     chosen = logits[: made.num_rows].gather(1, output.tokens)
     assert torch.isfinite(chosen).all()
@@ -525,7 +525,9 @@ def test_a_generated_batch_can_be_sampled(made, logits):
 
 def test_the_harness_reparents_as_the_output_says():
     request = make_request("r", SamplingParams(), prompt=[1])
-    harness = SamplerHarness(FanOut(8, "cpu"), 8, logits_of=lambda _history, size: torch.arange(size) * 1.0)
+    harness = SamplerHarness(
+        FanOut(make_context(vocab_size=8)), 8, logits_of=lambda _history, size: torch.arange(size) * 1.0
+    )
     harness.add(request)
     harness.step()
     assert [sequence.data.output_token_ids for sequence in request.live] == [[7], [6], [5]]

@@ -8,7 +8,9 @@ from typing import ClassVar
 import pytest
 import torch
 
+from folo_core.plugins.specs import SamplerSpec
 from folo_core.sampling_params import SamplingParams
+from folo_core.testing.builders import make_context
 from folo_core.testing.conformance import LogitsProcessorConformance, PluginConformance, SamplerConformance
 from folo_sampling import plugin
 
@@ -83,7 +85,8 @@ class TestAllowedTokens(ProcessorConformance):
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_every_part_is_in_the_readme_and_builds(spec):
     assert f"| `{spec.name}` |" in README
-    part = spec.factory(64, torch.device("cpu"))
+    arguments = [make_context(vocab_size=64)] if isinstance(spec, SamplerSpec) else [64, torch.device("cpu")]
+    part = spec.factory(*arguments)
     assert (type(part).__doc__ or "").strip()
 
 

@@ -7,12 +7,12 @@ import logging
 import time
 from collections import deque
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from folo_core.engine.input_processor import InputProcessor
-from folo_core.engine.observer import StepRecord
+from folo_core.engine.observer import BranchObserver, BranchRecord, StepRecord
 from folo_core.engine.output_processor import OutputProcessor
 from folo_core.engine.watchdog import StepWatchdog
 from folo_core.errors import FoloError, RequestError, StepTimeoutError
@@ -23,13 +23,13 @@ from folo_core.scheduling.queue import RequestQueue
 from folo_core.sequence import SequenceStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from collections.abc import Sequence as SequenceOf
+    from collections.abc import Callable, Iterable
     from contextlib import AbstractContextManager
 
     from folo_core.components import Components
     from folo_core.engine.input_processor import Prompt
-    from folo_core.execution.interface import Candidates, RequestSample, StepHandle
+    from folo_core.engine.observer import Observer
+    from folo_core.execution.interface import RequestSample, StepHandle
     from folo_core.outputs import RequestOutput
     from folo_core.request import Request
     from folo_core.sampling_params import SamplingParams
@@ -62,6 +62,7 @@ class Engine:
         )
         self.requests: dict[str, Request] = {}
         self.observers = list(components.observers)
+        self._branch_observers = [o for o in components.observers if isinstance(o, BranchObserver)]
         self.step_count = 0
         self._watchdog = None if config.step_timeout_s is None else StepWatchdog(config.step_timeout_s)
         self._in_flight: deque[_Flight] = deque()
@@ -220,19 +221,23 @@ class Engine:
 
     def _apply(self, request: Request, sample: RequestSample, now: float) -> RequestOutput | None:
         """Give a request's sequences their new tokens, end those that are done, and report."""
+        before = request.live.copy()
         rows = self._reparent(request, sample)
         request.metrics.record_tokens(now, max((len(tokens) for tokens in sample.tokens), default=0))
-        candidates: SequenceOf[Candidates | None] = sample.logprobs or [None] * len(rows)
-        reported = list(rows)
         for row, sequence in enumerate(rows):
-            status = self.outputs.append(request, sequence, sample.tokens[row], candidates[row])
+            self._settle_row(sequence, sample, row)
+            status = self.outputs.append(request, sequence, sample, row)
             if status is None and sample.finished is not None and sample.finished[row]:
                 status = SequenceStatus.FINISHED_STOPPED
             if status is not None:
                 self._close(request, sequence, status)
+            elif sample.drafts is not None and not self._is_fork(sample, row):
+                self._take_drafts(request, sequence, sample.drafts[row])
+        if self._branch_observers:
+            self._observe_branches(request, sample, before, rows)
         if request.is_finished:
             return self._finish(request)
-        return self.outputs.output(request, reported, finished=False)
+        return self.outputs.output(request, rows, finished=False)
 
     def _reparent(self, request: Request, sample: RequestSample) -> list[Sequence]:
         """Arrange the live sequences as the sampler says: each new row continues the row it names.
@@ -244,10 +249,9 @@ class Engine:
             return old
         rows: list[Sequence] = []
         used: set[int] = set()
-        for parent_row, tokens in zip(sample.parents, sample.tokens, strict=True):
-            parent = old[parent_row]
-            rows.append(self._fork(request, parent, tokens) if parent_row in used else parent)
-            used.add(parent_row)
+        for row, parent in enumerate(sample.parents):
+            rows.append(self._fork(request, old[parent], sample, row) if parent in used else old[parent])
+            used.add(parent)
         for row, sequence in enumerate(old):
             if row not in used:
                 sequence.transition(SequenceStatus.FINISHED_ABORTED)
@@ -255,11 +259,51 @@ class Engine:
         request.live[:] = rows
         return rows.copy()
 
-    def _fork(self, request: Request, parent: Sequence, tail: list[int]) -> Sequence:
+    def _fork(self, request: Request, parent: Sequence, sample: RequestSample, row: int) -> Sequence:
+        """Return a new sequence that goes on as ``sample`` says of ``row``, and note it for the executor."""
         child = request.fork_sequence(parent, next(self._seq_ids))
-        blocks = [] if child.block_table is None else child.block_table.blocks.copy()
-        self._forks.append(Fork(parent.seq_id, child.seq_id, child.index, parent.num_tokens, tail, blocks))
+        self._settle_row(child, sample, row)
+        self._note_fork(request, parent, child, sample.tokens[row])
         return child
+
+    def _is_fork(self, sample: RequestSample, row: int) -> bool:
+        return sample.parents[row] in sample.parents[:row]
+
+    def _take_drafts(self, request: Request, sequence: Sequence, drafts: list[int]) -> None:
+        """Have these guesses tried in the next step, as many as the answer has room for beside one more token."""
+        length = len(sequence.data.output_token_ids)
+        room = min((request.params.max_tokens or 0) - length, self.inputs.max_model_len - sequence.num_tokens) - 1
+        sequence.draft_token_ids = list(itertools.takewhile(lambda token: token >= 0, drafts[: max(room, 0)]))
+
+    def _note_fork(self, request: Request, parent: Sequence, child: Sequence, tail: list[int]) -> None:
+        blocks = [] if child.block_table is None else child.block_table.blocks.copy()
+        fork = Fork(
+            parent.seq_id,
+            child.seq_id,
+            request.request_id,
+            child.index,
+            child.num_tokens,
+            tail,
+            child.num_computed_tokens,
+            blocks,
+            child.score,
+            child.tag,
+        )
+        self._forks.append(fork)
+
+    def _settle_row(self, sequence: Sequence, sample: RequestSample, row: int) -> None:
+        """Keep of what was computed what holds with the row's tokens, and the strategy's numbers.
+
+        Drafts that were not kept are forgotten; a row that appends nothing will run its newest token again.
+        """
+        valid = sequence.num_tokens + sample.kept[row] - (not sample.tokens[row])
+        if valid < sequence.num_computed_tokens:
+            self.state.kv.truncate(sequence, valid)
+        if sample.scores is not None:
+            sequence.score = sample.scores[row]
+        if sample.tags is not None:
+            sequence.tag = sample.tags[row]
+        sequence.draft_token_ids.clear()
 
     def _close(self, request: Request, sequence: Sequence, status: SequenceStatus) -> list[int]:
         """End one sequence and return the blocks it held."""
@@ -341,11 +385,35 @@ class Engine:
             seconds=time.perf_counter() - started,
         )
         for observer in self.observers.copy():
-            try:
-                observer.on_step(record)
-            except Exception:
-                logger.exception("observer %r raised and is dropped", observer)
-                self.observers.remove(observer)
+            self._tell(observer, observer.on_step, record)
+
+    def _observe_branches(
+        self, request: Request, sample: RequestSample, before: list[Sequence], rows: list[Sequence]
+    ) -> None:
+        """Tell what became of a request's sequences in this step."""
+        record = BranchRecord(
+            step=self.step_count,
+            request_id=request.request_id,
+            prompt_token_ids=request.prompt_token_ids,
+            parents=[before[parent].seq_id for parent in sample.parents],
+            rows=[sequence.seq_id for sequence in rows],
+            tokens=sample.tokens,
+            logprobs=sample.stated,
+            scores=[sequence.score for sequence in rows],
+            ended={s.seq_id: s.status.value for s in rows if s.is_finished},
+            pruned=[s.seq_id for s in before if s not in rows],
+            blocks={s.seq_id: s.block_table.blocks.copy() for s in request.live if s.block_table is not None},
+        )
+        for observer in self._branch_observers.copy():
+            self._tell(observer, observer.on_branches, record)
+
+    def _tell(self, observer: Observer, hear: Callable[[Any], None], record: object) -> None:
+        try:
+            hear(record)
+        except Exception:
+            logger.exception("observer %r raised and is dropped", observer)
+            self.observers.remove(observer)
+            self._branch_observers = [kept for kept in self._branch_observers if kept is not observer]
 
 
 @attrs.frozen(slots=True)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import attrs
 
 from folo_core.errors import ParamsError, RequestError
-from folo_core.kv_cache.block_table import blocks_for
 from folo_core.request import Request, RequestMetrics
 
 if TYPE_CHECKING:
@@ -121,8 +120,8 @@ class InputProcessor:
             message = f"n: {request.width} sequences: at most max_num_seqs={places} run at once"
             raise RequestError(message, code="too_many_sequences")
         tokens = len(request.prompt_token_ids) + max_tokens
-        if not self.kv.can_ever_fit(tokens, request.width):
-            needed = blocks_for(tokens, self.kv.block_size) * request.width
+        needed = self.kv.most_blocks(len(request.prompt_token_ids), tokens, request.width)
+        if needed > self.kv.pool.num_usable:
             message = (
                 f"request needs {needed} KV blocks ({tokens} tokens x {request.width} sequences), the cache has "
                 f"{self.kv.pool.num_usable}: lower max_tokens or n, or give the cache more memory (kv_cache_bytes)"

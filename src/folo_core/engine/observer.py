@@ -27,9 +27,42 @@ class StepRecord:
     """Wall time of the whole step."""
 
 
+@attrs.frozen(slots=True, kw_only=True)
+class BranchRecord:
+    """What one step did to one request's sequences. Sequences are named by their ids; a fork gets a new one."""
+
+    step: int
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    parents: list[int]
+    """For each row after the step, the sequence it continues."""
+    rows: list[int]
+    """The row's own sequence: its parent's, or a fork of it."""
+    tokens: list[list[int]]
+    """What each row appended."""
+    logprobs: list[list[float]] | None
+    """Log probabilities of these tokens, if the strategy states them."""
+    scores: list[float]
+    """What the strategy ranks each row by."""
+    ended: dict[int, str]
+    """Rows that ended in this step, and why (a finish reason)."""
+    pruned: list[int]
+    """Sequences that no row continues."""
+    blocks: dict[int, list[int]]
+    """KV blocks of each row that goes on; one that several name is shared."""
+
+
 @runtime_checkable
 class Observer(Protocol):
     """Watches steps. Called once a step with plain numbers; an observer that raises is dropped with a warning."""
 
     def on_step(self, record: StepRecord) -> None:
         """Take note of a finished step."""
+
+
+@runtime_checkable
+class BranchObserver(Observer, Protocol):
+    """An observer that also follows what strategies do to sequences. Nothing is recorded unless one is there."""
+
+    def on_branches(self, record: BranchRecord) -> None:
+        """Take note of one request's rows after a step."""

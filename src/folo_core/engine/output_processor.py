@@ -10,7 +10,7 @@ from folo_core.sampling_params import RequestOutputKind
 from folo_core.sequence import SequenceStatus
 
 if TYPE_CHECKING:
-    from folo_core.execution.interface import Candidates
+    from folo_core.execution.interface import Candidates, RequestSample
     from folo_core.execution.loading import Tokenizer
     from folo_core.outputs import TokenLogprobs
     from folo_core.request import Request
@@ -33,19 +33,20 @@ class OutputProcessor:
                 self.tokenizer, request.prompt_token_ids, skip_special_tokens=request.params.skip_special_tokens
             )
 
-    def append(
-        self, request: Request, sequence: Sequence, tokens: list[int], candidates: Candidates | None
-    ) -> SequenceStatus | None:
-        """Append sampled tokens up to the first that ends the sequence.
+    def append(self, request: Request, sequence: Sequence, sample: RequestSample, row: int) -> SequenceStatus | None:
+        """Append a row's new tokens up to the first that ends the sequence.
 
         Returns:
             The final status, or None if the sequence goes on.
         """
-        for position, token in enumerate(tokens):
-            first = candidates if position == 0 else None
-            sequence.add_token_id(token, None if first is None else first[1][0])
-            if first is not None and sequence.logprobs is not None:
-                sequence.logprobs.append(self.decode_candidates(first))
+        candidates = sample.logprobs[row] if sample.logprobs is not None else []
+        stated = sample.stated[row] if sample.stated is not None and not sample.kept[row] else []
+        for position, token in enumerate(sample.tokens[row]):
+            found = candidates[position] if position < len(candidates) else None
+            if found is not None and sequence.logprobs is not None:
+                sequence.logprobs.append(self.decode_candidates(found))
+            logprob = found[1][0] if found is not None else stated[position] if position < len(stated) else None
+            sequence.add_token_id(token, logprob)
             status = self._check(request, sequence, token)
             if status is not None:
                 return status
@@ -120,9 +121,9 @@ class OutputProcessor:
     ) -> RequestOutput | None:
         """Return what the caller should see now, or None if it asked for the final output only."""
         kind = request.params.output_kind
-        if kind is RequestOutputKind.FINAL_ONLY and not finished:
-            return None
         delta = kind is RequestOutputKind.DELTA
+        if not finished and (kind is RequestOutputKind.FINAL_ONLY or (delta and not request.params.grows_in_place)):
+            return None
         return RequestOutput(
             request_id=request.request_id,
             prompt=request.prompt,
@@ -153,6 +154,7 @@ class OutputProcessor:
             logprobs=None if logprobs is None else logprobs[count:],
             finish_reason=sequence.status.finish_reason,
             stop_reason=sequence.stop_reason,
+            score=sequence.score if request.params.is_scored else None,
         )
 
     def _visible_text(self, request: Request, sequence: Sequence) -> tuple[str, int]:

@@ -14,6 +14,7 @@ import torch
 from folo_core.attention.interface import AttentionMetadata
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from collections.abc import Sequence as SequenceOf
 
     from numpy.typing import NDArray
@@ -28,6 +29,8 @@ _COLUMNS = {
     "min_p": np.float32,
     "seeds": np.int64,
     "sequence_indices": np.int64,
+    "scores": np.float32,
+    "tags": np.int64,
 }
 
 
@@ -43,6 +46,8 @@ class PackedStep:
     """``[num_seqs]``: position of each one's first new token."""
     sampling: NDArray[np.bool_]
     """``[num_seqs]``: whether the next token is sampled."""
+    drafted: NDArray[np.int64]
+    """``[num_seqs]``: how many of the new tokens are drafts."""
     input_ids: torch.Tensor
     """int64 ``[num_tokens]``."""
     positions: torch.Tensor
@@ -91,11 +96,11 @@ class InputBatch:
         count = len(new.token_ids)
         self.token_ids[slot, :count] = new.token_ids
         self.num_tokens[slot] = count
-        self.num_computed[slot] = 0
-        self._write_params(slot, request, new.index)
+        self.num_computed[slot] = new.num_computed
+        self._write_params(slot, request, new.index, new.score, new.tag)
         self.histories[slot] = new.token_ids if keep_history else None
 
-    def fork(self, fork: Fork) -> None:
+    def fork(self, fork: Fork, request: Request, *, keep_history: bool) -> None:
         """Give a fork a slot: its parent's row up to the fork, then its own tokens."""
         parent = self._slots[fork.parent_id]
         slot = self._claim(fork.child_id)
@@ -103,13 +108,10 @@ class InputBatch:
         self.token_ids[slot, :length] = self.token_ids[parent, :length]
         self.token_ids[slot, length:total] = fork.tail
         self.num_tokens[slot] = total
-        self.num_computed[slot] = self.num_computed[parent]
+        self.num_computed[slot] = fork.num_computed
         self.set_blocks(fork.child_id, 0, fork.blocks)
-        request = self.requests[parent]
-        assert request is not None  # noqa: S101 (a slot in use has its request)
-        self._write_params(slot, request, fork.index)
-        history = self.histories[parent]
-        self.histories[slot] = None if history is None else history[:length] + fork.tail
+        self._write_params(slot, request, fork.index, fork.score, fork.tag)
+        self.histories[slot] = self.token_ids[slot, :total].tolist() if keep_history else None
 
     def remove(self, seq_id: int) -> None:
         """Free a sequence's slot; unknown ids are ignored, since a sequence may end before it ever ran."""
@@ -125,13 +127,46 @@ class InputBatch:
         self.block_tables[self._slots[seq_id], first : first + len(blocks)] = blocks
 
     def append(self, slots: NDArray[np.int64], tokens: NDArray[np.int64]) -> None:
-        """Store sampled tokens, ``[rows, k]`` with -1 as padding, behind each slot's newest token."""
+        """Store sampled tokens, ``[rows, k]`` with -1 as padding, behind each slot's newest token.
+
+        A row that gets none will run its newest token again.
+        """
+        before = self.num_tokens[slots]
         for column in tokens.T:
             valid = column >= 0
             rows = slots if valid.all() else slots[valid]
             self.token_ids[rows, self.num_tokens[rows]] = column[valid]
             self.num_tokens[rows] += 1
-        for slot, row in zip(slots.tolist(), tokens.tolist(), strict=True):
+        self.num_computed[slots] = before - (self.num_tokens[slots] == before)
+        self._extend_histories(slots, tokens)
+
+    def accept(self, slots: NDArray[np.int64], kept: NDArray[np.int64]) -> None:
+        """Make the first ``kept[i]`` drafted tokens of each slot its own."""
+        for slot, count in zip(slots.tolist(), kept.tolist(), strict=True):
+            if count:
+                start = self.num_tokens[slot]
+                self._extend_histories([slot], self.token_ids[slot : slot + 1, start : start + count])
+        self.num_tokens[slots] += kept
+
+    def set_drafts(self, slots: NDArray[np.int64], drafts: NDArray[np.int64]) -> None:
+        """Store drafted tokens, ``[rows, d]`` with -1 as padding, behind each slot's newest token: not its own yet."""
+        room = self.token_ids.shape[1] - self.num_tokens[slots]
+        for place, column in enumerate(drafts.T):
+            valid = (column >= 0) & (place < room)
+            rows = slots[valid]
+            self.token_ids[rows, self.num_tokens[rows] + place] = column[valid]
+
+    def set_state(
+        self, slots: NDArray[np.int64], scores: NDArray[np.float32] | None, tags: NDArray[np.int64] | None
+    ) -> None:
+        """Store what strategies keep with their rows."""
+        for name, values in (("scores", scores), ("tags", tags)):
+            if values is not None:
+                self.columns[name][slots] = values
+                self.version += 1
+
+    def _extend_histories(self, slots: Iterable[int] | NDArray[np.int64], tokens: NDArray[Any]) -> None:
+        for slot, row in zip(slots, tokens.tolist(), strict=True):
             history = self.histories[slot]
             if history is not None:
                 history.extend(token for token in row if token >= 0)
@@ -163,6 +198,7 @@ class InputBatch:
             counts=counts,
             starts=starts,
             sampling=np.array(scheduled.samples, dtype=np.bool_),
+            drafted=np.maximum(self.num_computed[slots] - self.num_tokens[slots], 0),
             input_ids=self._upload(self.token_ids[rows, positions].astype(np.int64)),
             positions=self._upload(positions),
             metadata=metadata,
@@ -187,7 +223,7 @@ class InputBatch:
         self.version += 1
         return slot
 
-    def _write_params(self, slot: int, request: Request, index: int) -> None:
+    def _write_params(self, slot: int, request: Request, index: int, score: float, tag: int) -> None:
         params = request.params
         self.requests[slot] = request
         columns = self.columns
@@ -197,6 +233,8 @@ class InputBatch:
         columns["min_p"][slot] = params.min_p
         columns["seeds"][slot] = request.seed
         columns["sequence_indices"][slot] = index
+        columns["scores"][slot] = score
+        columns["tags"][slot] = tag
 
     def _upload(self, array: NDArray[Any]) -> torch.Tensor:
         tensor = torch.from_numpy(array)

@@ -92,10 +92,20 @@ class RequestSample:
 
     request_id: str
     parents: list[int]
+    """The request's sequence that each new row continues, counted from its first."""
     tokens: list[list[int]]
-    logprobs: list[Candidates] | None = None
-    """For each new row's first token, the candidates that the request asked for."""
+    """What each new row appends: drafted tokens that it keeps, then the sampler's own."""
+    kept: list[int]
+    """How many of these are drafted tokens."""
+    logprobs: list[list[Candidates]] | None = None
+    """For each new row, the candidates that the request asked for, at every kept draft and the first new token."""
     finished: list[bool] | None = None
+    scores: list[float] | None = None
+    tags: list[int] | None = None
+    drafts: list[list[int]] | None = None
+    """What to try next; -1 pads."""
+    stated: list[list[float]] | None = None
+    """Log probabilities of the new tokens, as the sampler states them."""
 
 
 @runtime_checkable

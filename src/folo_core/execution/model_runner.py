@@ -10,7 +10,7 @@ import torch
 from folo_core.execution.input_batch import InputBatch
 from folo_core.execution.interface import StepResult
 from folo_core.execution.logprobs import gather_logprobs
-from folo_core.execution.sampling_stage import SamplingStage
+from folo_core.execution.sampling_stage import SampledRows, SamplingStage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -76,23 +76,23 @@ class ModelRunner:
         self.current = f"model {self.model.info.architecture!r}"
         index = torch.from_numpy(wanted).to(self.model.device)
         logits = self.model.forward(step.input_ids, step.positions, index, step.metadata)
-        num_sampled = int(step.sampling.sum())
+        num_sampled = int((step.drafted + 1)[step.sampling].sum())
         self.current = "sampling"
         if prompt_rows:
             self._prompt_logprobs(logits[num_sampled:].float(), step, prompt_rows, result)
         if num_sampled:
-            self.stage.run(logits[:num_sampled], step.slots[step.sampling], result)
+            self.stage.run(logits[:num_sampled], SampledRows.of(step), result)
         self.current = "engine"
         return result
 
     def _edit_batch(self, scheduled: SchedulerOutput) -> None:
         """Bring slots, block tables and blocks up to date, in the order that SchedulerOutput promises."""
         for fork in scheduled.forks:
-            self.batch.fork(fork)
-            slot = int(self.batch.slots_of([fork.child_id])[0])
-            request = self.batch.requests[slot]
-            assert request is not None  # noqa: S101 (a fork inherits its parent's request)
-            self.stage.assign(slot, request)
+            request = self.requests.get(fork.request_id)
+            if request is None:
+                continue  # it ended with its request, in the step that made it
+            self.batch.fork(fork, request, keep_history=self.stage.needs_history(request))
+            self.stage.assign(int(self.batch.slots_of([fork.child_id])[0]), request)
         for seq_id in scheduled.released:
             self.batch.remove(seq_id)
         if scheduled.zero_blocks:
@@ -113,7 +113,8 @@ class ModelRunner:
         is no one's to judge.
         """
         ends = step.metadata.query_start[1:].astype(np.int64)
-        wanted = [ends[step.sampling] - 1]
+        rows = SampledRows.of(step)
+        wanted = [np.repeat(ends[step.sampling], step.drafted[step.sampling] + 1) - 1 - rows.drafted + rows.offsets]
         prompt_rows = []
         for row, slot in enumerate(step.slots.tolist()):
             request = self.batch.requests[slot]

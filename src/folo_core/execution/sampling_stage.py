@@ -6,7 +6,7 @@ A fault stays with the requests it belongs to: their rows leave the batch, the o
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import numpy as np
@@ -22,11 +22,41 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from folo_core.execution.input_batch import InputBatch
+    from folo_core.execution.input_batch import InputBatch, PackedStep
     from folo_core.execution.interface import Candidates, StepResult
     from folo_core.execution.parts import NamedPart
     from folo_core.request import Request
     from folo_core.sampling.interface import LogitsProcessor, SamplerOutput
+
+
+@attrs.frozen(slots=True)
+class SampledRows:
+    """The rows of logits that are sampled, those of one request adjacent, those of one sequence in order."""
+
+    slots: NDArray[np.int64]
+    """``[rows]``: each row's batch slot."""
+    offsets: NDArray[np.int64]
+    """``[rows]``: how many of its sequence's drafted tokens come before the row's logits."""
+    drafted: NDArray[np.int64]
+    """``[rows]``: how many drafted tokens its sequence has."""
+
+    @classmethod
+    def of(cls, step: PackedStep) -> SampledRows:
+        """Return a step's rows: one per sampling sequence, and one more for each drafted token."""
+        counts = step.drafted[step.sampling] + 1
+        starts = np.cumsum(counts) - counts
+        offsets = np.arange(counts.sum()) - np.repeat(starts, counts)
+        return cls(np.repeat(step.slots[step.sampling], counts), offsets, np.repeat(counts - 1, counts))
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def take(self, rows: NDArray[np.int64]) -> SampledRows:
+        """Return some of the rows."""
+        return SampledRows(self.slots[rows], self.offsets[rows], self.drafted[rows])
+
+
+_OPTIONAL = ("logprobs", "finished", "scores", "tags", "drafts")
 
 
 class SamplingStage:
@@ -46,7 +76,9 @@ class SamplingStage:
         self._cached_version = -1
 
     def needs_history(self, request: Request) -> bool:
-        """Whether some processor reads this request's token ids."""
+        """Whether its sampler or some processor reads this request's token ids."""
+        if getattr(self.samplers[request.sampler].part, "needs_history", False):
+            return True
         return any(p.part.needs_history and p.part.applies(request.params) for p in self.processors)
 
     def assign(self, slot: int, request: Request) -> None:
@@ -56,23 +88,24 @@ class SamplingStage:
         for row, processor in enumerate(self.processors):
             self._slot_uses[row, slot] = processor.part.applies(request.params)
 
-    def run(self, logits: torch.Tensor, slots: NDArray[np.int64], result: StepResult) -> None:
-        """Sample the next tokens of the sequences in ``slots`` and note what came of it in ``result``.
+    def run(self, logits: torch.Tensor, sampled: SampledRows, result: StepResult) -> None:
+        """Sample the next tokens of the sequences that ``sampled`` names and note what came of it in ``result``.
 
         Args:
-            logits: ``[len(slots), vocab]`` in the model's dtype; written to.
-            slots: batch slots, the rows of one request adjacent.
+            logits: ``[len(sampled), vocab]`` in the model's dtype; written to.
+            sampled: what each row of logits belongs to.
             result: gets ``samples`` and ``errors``.
         """
         logits = logits.float()
+        slots = sampled.slots
         raw = self._raw_log_probs(logits, slots)
-        self._process(logits, slots, result.errors)
+        self._process(logits, sampled, result.errors)
         self._reject_bad_rows(logits, slots, result.errors)
         for name, part in self.samplers.items():
             rows = np.flatnonzero(self._slot_sampler[slots] == self._sampler_ids[name])
             rows = self._without_failed(rows, slots, result.errors)
             if len(rows):
-                call = partial(self._sample, part, logits, slots, rows, raw, result)
+                call = partial(self._sample, part, logits, sampled, rows, raw, result)
                 self._guard("sampler", part, slots[rows], result.errors, call)
         self.current = "engine"
 
@@ -84,19 +117,20 @@ class SamplingStage:
         log_probs = _take(logits, rows).log_softmax(-1)
         return dict(zip(rows.tolist(), log_probs, strict=True))
 
-    def _process(self, logits: torch.Tensor, slots: NDArray[np.int64], errors: dict[str, Exception]) -> None:
+    def _process(self, logits: torch.Tensor, sampled: SampledRows, errors: dict[str, Exception]) -> None:
+        slots = sampled.slots
         for number, processor in enumerate(self.processors):
             rows = self._without_failed(np.flatnonzero(self._slot_uses[number, slots]), slots, errors)
             if len(rows):
-                call = partial(self._apply, processor.part, logits, slots, rows)
+                call = partial(self._apply, processor.part, logits, sampled, rows)
                 self._guard("logits processor", processor, slots[rows], errors, call)
 
     def _apply(
-        self, processor: LogitsProcessor, logits: torch.Tensor, slots: NDArray[np.int64], rows: NDArray[np.int64]
+        self, processor: LogitsProcessor, logits: torch.Tensor, sampled: SampledRows, rows: NDArray[np.int64]
     ) -> None:
         """Edit the processor's rows of ``logits`` in place."""
         given = _take(logits, rows)
-        edited = processor.apply(given, self._metadata(slots[rows]))
+        edited = processor.apply(given, self._metadata(sampled.take(rows)))
         if edited.shape != given.shape:
             message = f"returned shape {tuple(edited.shape)}, expected {tuple(given.shape)}"
             raise ValueError(message)
@@ -122,79 +156,126 @@ class SamplingStage:
         self,
         part: NamedPart,
         logits: torch.Tensor,
-        slots: NDArray[np.int64],
+        sampled: SampledRows,
         rows: NDArray[np.int64],
         raw: dict[int, torch.Tensor],
         result: StepResult,
     ) -> None:
-        metadata = self._metadata(slots[rows])
+        mine = sampled.take(rows)
+        metadata = self._metadata(mine)
         output = part.part.step(_take(logits, rows), metadata)
         host = _HostOutput.check(output, metadata, logits.shape[-1])
-        self._advance(slots[rows], host)
-        result.samples += self._split(host, metadata.request_ids, rows, raw)
+        raw_rows = [raw.get(row) for row in rows.tolist()] if raw else []
+        samples = self._split(host, mine, raw_rows)
+        self._advance(mine, host)
+        result.samples += samples
 
-    def _advance(self, slots: NDArray[np.int64], host: _HostOutput) -> None:
-        """Store each parent's first child in the parent's slot; the engine sends the other children as forks."""
+    def _advance(self, rows: SampledRows, host: _HostOutput) -> None:
+        """Store each sequence's first child in the sequence's slot; the engine sends the other children as forks."""
         if host.identity:
-            self.batch.append(slots, host.tokens)
-            return
-        parents, first = np.unique(host.parents, return_index=True)
-        self.batch.append(slots[parents], host.tokens[first])
+            slots, first = rows.slots, np.arange(len(rows))
+        else:
+            slots, first = np.unique(rows.slots[host.parents], return_index=True)
+            kept = rows.offsets[host.parents][first]
+            if kept.any():
+                self.batch.accept(slots, kept)
+        self.batch.append(slots, host.tokens[first])
+        if host.drafts is not None:
+            self.batch.set_drafts(slots, host.drafts[first])
+        self.batch.set_state(
+            slots,
+            None if host.scores is None else host.scores[first],
+            None if host.tags is None else host.tags[first],
+        )
 
-    def _split(
-        self, host: _HostOutput, request_ids: list[str], rows: NDArray[np.int64], raw: dict[int, torch.Tensor]
-    ) -> list[RequestSample]:
-        """Cut the output into one sample per request, with parents counted from the request's first row."""
-        samples = []
-        tokens, parents = host.tokens.tolist(), host.parents.tolist()
-        candidates = self._candidates(host, rows, raw)
+    def _split(self, host: _HostOutput, rows: SampledRows, raw: list[torch.Tensor | None]) -> list[RequestSample]:
+        """Cut the output into one sample per request, with parents counted in sequences from the request's first."""
+        request_ids = host.metadata.request_ids
+        kept = self._kept_drafts(host, rows)
+        tokens = [
+            mine + [token for token in row if token >= 0] for mine, row in zip(kept, host.tokens.tolist(), strict=True)
+        ]
+        candidates = self._candidates(host, kept, raw)
         children: dict[str, list[int]] = {request_id: [] for request_id in request_ids}
-        for child, parent in enumerate(parents):
+        for child, parent in enumerate(host.parents.tolist()):
             children[request_ids[parent]].append(child)
-        first_rows = {request_id: row for row, request_id in reversed(list(enumerate(request_ids)))}
-        for request_id, mine in children.items():
-            first = first_rows[request_id]
-            samples.append(
-                RequestSample(
-                    request_id,
-                    [parents[child] - first for child in mine],
-                    [[token for token in tokens[child] if token >= 0] for child in mine],
-                    [candidates[child] for child in mine] if mine and mine[0] in candidates else None,
-                    None if host.finished is None else [host.finished[child] for child in mine],
-                )
+        idle = [request_id for request_id, mine in children.items() if mine and not any(tokens[row] for row in mine)]
+        if idle:
+            message = f"requests {idle}: no row appends a token, so they would never end: hold some rows, not all"
+            raise ValueError(message)
+        sequences = (np.cumsum(rows.offsets == 0) - 1).tolist()
+        firsts = {request_id: sequences[row] for row, request_id in reversed(list(enumerate(request_ids)))}
+        parents = [sequences[row] for row in host.parents.tolist()]
+        return [
+            RequestSample(
+                request_id,
+                parents=[parents[child] - firsts[request_id] for child in mine],
+                tokens=[tokens[child] for child in mine],
+                kept=[len(kept[child]) for child in mine],
+                logprobs=[candidates[child] for child in mine] if mine and mine[0] in candidates else None,
+                **host.columns(mine),
             )
-        return samples
+            for request_id, mine in children.items()
+        ]
+
+    def _kept_drafts(self, host: _HostOutput, rows: SampledRows) -> list[list[int]]:
+        """Return the drafted tokens that each child keeps."""
+        if host.identity or not rows.drafted.any():
+            return [[] for _ in range(len(host.parents))]
+        batch, kept = self.batch, []
+        for row in host.parents.tolist():
+            slot, count = int(rows.slots[row]), int(rows.offsets[row])
+            start = int(batch.num_tokens[slot])
+            kept.append(batch.token_ids[slot, start : start + count].tolist())
+        return kept
 
     def _candidates(
-        self, host: _HostOutput, rows: NDArray[np.int64], raw: dict[int, torch.Tensor]
-    ) -> dict[int, Candidates]:
-        """Return the log probability candidates of every child whose request wants them."""
-        wanted = [
-            (child, row) for child, parent in enumerate(host.parents.tolist()) if (row := int(rows[parent])) in raw
+        self, host: _HostOutput, kept: list[list[int]], raw: list[torch.Tensor | None]
+    ) -> dict[int, list[Candidates]]:
+        """Return the candidates at each kept draft and the first new token of every child that wants them."""
+        judged = [
+            (child, row, token)
+            for child, parent in enumerate(host.parents.tolist())
+            if raw and raw[parent] is not None and host.tokens[child, 0] >= 0
+            for row, token in enumerate([*kept[child], int(host.tokens[child, 0])], start=parent - len(kept[child]))
         ]
-        if not wanted:
+        if not judged:
             return {}
-        log_probs = torch.stack([raw[row] for _, row in wanted])
-        tokens = torch.tensor([host.tokens[child, 0] for child, _ in wanted], device=log_probs.device)
-        counts = [self._num_top(host, child) for child, _ in wanted]
-        gathered = gather_logprobs(log_probs, tokens, counts)
-        return {child: candidate for (child, _), candidate in zip(wanted, gathered, strict=True)}
+        log_probs = torch.stack([found for _, row, _ in judged if (found := raw[row]) is not None])
+        tokens = torch.tensor([token for _, _, token in judged], device=log_probs.device)
+        gathered = gather_logprobs(log_probs, tokens, [host.metadata.params[row].logprobs or 0 for _, row, _ in judged])
+        found_of: dict[int, list[Candidates]] = {}
+        for (child, _, _), candidates in zip(judged, gathered, strict=True):
+            found_of.setdefault(child, []).append(candidates)
+        return found_of
 
-    def _num_top(self, host: _HostOutput, child: int) -> int:
-        count = host.metadata.params[int(host.parents[child])].logprobs
-        return 0 if count is None else count
-
-    def _metadata(self, slots: NDArray[np.int64]) -> SamplingMetadata:
+    def _metadata(self, rows: SampledRows) -> SamplingMetadata:
         """Return the rows' metadata; while the batch keeps its composition only positions are read anew."""
+        positions = torch.from_numpy(self.batch.num_tokens[rows.slots] + rows.offsets).to(self.batch.device)
+        if rows.drafted.any():
+            return self._with_drafts(rows, self._build_metadata(rows.slots, positions))
         if self._cached_version != self.batch.version:
             self._cached.clear()
             self._cached_version = self.batch.version
-        key = slots.tobytes()
+        key = rows.slots.tobytes()
         metadata = self._cached.get(key)
-        positions = torch.from_numpy(self.batch.num_tokens[slots]).to(self.batch.device)
         if metadata is None:
-            metadata = self._cached[key] = self._build_metadata(slots, positions)
+            metadata = self._cached[key] = self._build_metadata(rows.slots, positions)
         metadata.positions = positions
+        return metadata
+
+    def _with_drafts(self, rows: SampledRows, metadata: SamplingMetadata) -> SamplingMetadata:
+        """Add each row's next drafted token, and to its history those before it."""
+        batch = self.batch
+        places = batch.num_tokens[rows.slots] + rows.offsets
+        behind = batch.token_ids[rows.slots, np.minimum(places, batch.token_ids.shape[1] - 1)]
+        following = np.where(rows.offsets < rows.drafted, behind, -1).astype(np.int64)
+        metadata.drafts = torch.from_numpy(following).to(batch.device)
+        if metadata.history is not None:
+            metadata.history = [
+                [*history, *batch.token_ids[slot, len(history) : len(history) + offset].tolist()]
+                for history, slot, offset in zip(metadata.history, rows.slots, rows.offsets, strict=True)
+            ]
         return metadata
 
     def _build_metadata(self, slots: NDArray[np.int64], positions: torch.Tensor) -> SamplingMetadata:
@@ -246,13 +327,17 @@ class SamplingStage:
         return request
 
 
-@attrs.frozen(slots=True)
+@attrs.frozen(slots=True, kw_only=True)
 class _HostOutput:
     """A SamplerOutput, checked and brought to the host."""
 
     parents: NDArray[np.int64]
     tokens: NDArray[np.int64]
-    finished: list[bool] | None
+    logprobs: NDArray[np.float32] | None
+    finished: NDArray[np.bool_] | None
+    scores: NDArray[np.float32] | None
+    tags: NDArray[np.int64] | None
+    drafts: NDArray[np.int64] | None
     identity: bool
     metadata: SamplingMetadata
 
@@ -264,22 +349,33 @@ class _HostOutput:
             ValueError: what is wrong, and what was expected.
         """
         parents, tokens = output.parents.cpu().numpy(), output.tokens.cpu().numpy()
-        finished = None if output.finished is None else output.finished.tolist()
         rows = metadata.num_rows
         if parents.ndim != 1 or tokens.ndim != 2 or len(parents) != len(tokens) or tokens.shape[1] < 1:  # noqa: PLR2004 (matrix)
             message = f"parents {parents.shape} and tokens {tokens.shape}: expected [m] and [m, k] with k >= 1"
             raise ValueError(message)
-        if finished is not None and len(finished) != len(parents):
-            message = f"finished has {len(finished)} entries for {len(parents)} rows"
-            raise ValueError(message)
         if len(parents) and not (parents.min() >= 0 and parents.max() < rows):
             message = f"parents {parents.tolist()} leave the {rows} rows of this step"
             raise ValueError(message)
-        if tokens.size and not ((tokens[:, 0] >= 0).all() and tokens.max() < vocab_size):
+        if tokens.size and not (tokens.min() >= -1 and tokens.max() < vocab_size):
             message = f"tokens {tokens.tolist()} leave the vocabulary of {vocab_size}"
             raise ValueError(message)
-        identity = len(parents) == rows and bool((parents == np.arange(rows)).all())
-        return cls(parents, tokens, finished, identity, metadata)
+        columns: dict[str, Any] = {
+            name: None if (column := getattr(output, name)) is None else column.cpu().numpy() for name in _OPTIONAL
+        }
+        for name, column in columns.items():
+            if column is not None and len(column) != len(parents):
+                message = f"{name} has {len(column)} entries for {len(parents)} rows"
+                raise ValueError(message)
+        identity = metadata.drafts is None and len(parents) == rows and bool((parents == np.arange(rows)).all())
+        return cls(parents=parents, tokens=tokens, identity=identity, metadata=metadata, **columns)
+
+    def columns(self, children: list[int]) -> dict[str, Any]:
+        """Return what a sample keeps of the optional columns, for these rows."""
+        given = {name: getattr(self, name) for name in _OPTIONAL if name != "logprobs"}
+        found = {name: None if column is None else column[children].tolist() for name, column in given.items()}
+        if self.logprobs is not None:
+            found["stated"] = self.logprobs[children].tolist()
+        return found
 
 
 def _take(logits: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:

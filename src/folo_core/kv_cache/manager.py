@@ -22,9 +22,10 @@ class KVCacheManager:
         self.pool = BlockPool(num_blocks)
         self.block_size = block_size
 
-    def can_ever_fit(self, num_tokens: int, num_sequences: int) -> bool:
-        """Whether ``num_sequences`` unshared sequences of ``num_tokens`` tokens fit an otherwise empty pool."""
-        return blocks_for(num_tokens, self.block_size) * num_sequences <= self.pool.num_usable
+    def most_blocks(self, num_prompt_tokens: int, num_tokens: int, num_sequences: int) -> int:
+        """Return how many blocks sequences of ``num_tokens`` tokens hold that share a prompt and nothing else."""
+        shared = num_prompt_tokens // self.block_size
+        return shared + (blocks_for(num_tokens, self.block_size) - shared) * num_sequences
 
     def extend(self, sequences: SequenceOf[Sequence], counts: SequenceOf[int]) -> list[tuple[int, int] | None] | None:
         """Make room for ``counts[i]`` new tokens of ``sequences[i]``, for all of them or for none.
@@ -39,6 +40,12 @@ class KVCacheManager:
         if needed + self._copies_needed(writing) > self.pool.num_free:
             return None
         return [table.append_tokens(count) for table, count in zip(tables, counts, strict=True)]
+
+    def truncate(self, sequence: Sequence, num_tokens: int) -> None:
+        """Forget what was computed past ``num_tokens``."""
+        if sequence.block_table is not None:
+            sequence.block_table.truncate(num_tokens)
+        sequence.num_computed_tokens = num_tokens
 
     def release(self, sequence: Sequence) -> list[int]:
         """Return a sequence's blocks to the pool; it has computed nothing afterwards.

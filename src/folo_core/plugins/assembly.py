@@ -11,6 +11,7 @@ import attrs
 from folo_core.components import Components, ExecutorParts, SamplerTable
 from folo_core.errors import ConfigError, ModelLoadError, PluginError
 from folo_core.execution.parts import NamedPart
+from folo_core.sampling.interface import SamplerContext
 from folo_core.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from folo_core.config import EngineConfig
     from folo_core.execution.interface import ModelInfo
     from folo_core.plugins.registry import Part, Registry
+    from folo_core.sampling_params import SamplingType
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +45,14 @@ def build_components(config: EngineConfig, registry: Registry) -> Components:
     tokenizer = loader.load_tokenizer()
     model = loader.load_model(tokenizer)
     config, num_blocks = _size_cache(config, model.info, model.device)
+    context = sampler_context(
+        registry, vocab_size=model.info.vocab_size, device=model.device, config=config, tokenizer=tokenizer
+    )
     parts = ExecutorParts(
         config=config,
         model=model,
         backend=_choose_backend(config, model.info, registry).build(config),
-        samplers=_build_each(registry.all("samplers"), config, model.info.vocab_size, model.device),
+        samplers=_build_each(registry.all("samplers"), config, context),
         processors=tuple(
             _build_each(registry.all("logits_processors"), config, model.info.vocab_size, model.device).values()
         ),
@@ -65,6 +70,30 @@ def build_components(config: EngineConfig, registry: Registry) -> Components:
         kv_blocks=num_blocks,
         observers=tuple(p.part for p in _build_each(registry.all("observers"), config, config).values()),
     )
+
+
+def sampler_context(registry: Registry, **fields: Any) -> SamplerContext:  # noqa: ANN401 (SamplerContext judges them)
+    """Return what the factories of samplers and proposers get; ``fields`` are those of SamplerContext."""
+
+    def plain_sampler(kind: SamplingType) -> Any:  # noqa: ANN401 (a Sampler)
+        able = [part for part in registry.all("samplers") if kind in part.spec.sampling_types]
+        if len(able) != 1:
+            names = " and ".join(part.qualified_name for part in able) or "no installed sampler"
+            message = f"samplers: {names} can serve {kind.name}: a strategy that builds on it needs exactly one"
+            raise PluginError(message)
+        return able[0].build(context)
+
+    def proposer(name: str) -> Any:  # noqa: ANN401 (a Proposer)
+        return registry.get("proposers", name).build(context)
+
+    def side_model(name: str) -> Any:  # noqa: ANN401 (a SideModel)
+        from folo_core.execution.side_model import open_side_model
+
+        return open_side_model(name, registry, context)
+
+    given = {"plain_sampler": plain_sampler, "proposer": proposer, "side_model": side_model} | fields
+    context = SamplerContext(**given)
+    return context
 
 
 def _with_plugin_sections(config: EngineConfig, registry: Registry) -> EngineConfig:

@@ -49,7 +49,7 @@ class SamplerSpec(Spec):
     """A decoding strategy. The class of a request's parameters, then its sampling type, picks it."""
 
     factory: Callable[..., Any]
-    """``factory(vocab_size: int, device: torch.device) -> Sampler``."""
+    """``factory(context: SamplerContext) -> Sampler`` (see ``folo_core.sampling.interface``)."""
     params_type: type[SamplingParams] = SamplingParams
     """The strategy's own parameters: ``SamplingParams`` or a subclass of it."""
     sampling_types: frozenset[SamplingType] = attrs.field(factory=frozenset, converter=_as_sampling_types)
@@ -124,7 +124,7 @@ class ProposerSpec(Spec):
     """Drafts tokens for speculative decoding."""
 
     factory: Callable[..., Any]
-    """``factory(config: EngineConfig, tokenizer) -> Proposer``."""
+    """``factory(context: SamplerContext) -> Proposer`` (see ``folo_core.sampling.interface``)."""
 
 
 @attrs.frozen(kw_only=True)

@@ -7,17 +7,51 @@ Greedy decoding is the identity, best-of fans out once, beam search re-parents, 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import attrs
 
+from folo_core.errors import PluginError
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
+    from folo_core.config import EngineConfig
+    from folo_core.execution.loading import Tokenizer
+    from folo_core.execution.side_model import SideModel
     from folo_core.request import Request
     from folo_core.sampling.metadata import SamplingMetadata
-    from folo_core.sampling_params import SamplingParams
+    from folo_core.sampling_params import SamplingParams, SamplingType
     from folo_core.sequence import Sequence
+
+
+def _nothing_to_choose_from(name: object) -> Any:  # noqa: ANN401 (it never returns)
+    message = f"{name!r}: this sampler was built outside an engine, which alone offers other parts"
+    raise PluginError(message)
+
+
+@attrs.frozen(slots=True, kw_only=True)
+class SamplerContext:
+    """What the factory of a sampler or a proposer gets: the engine that the part will serve.
+
+    The three functions build parts of other plugins, which a plugin never imports. Call them in the factory.
+    """
+
+    vocab_size: int
+    """Width of a logits row, in tokens."""
+    device: torch.device
+    """Where logits live."""
+    config: EngineConfig | None = None
+    """The engine's configuration; its ``plugins`` hold the part's own section. None in tests of the part alone."""
+    tokenizer: Tokenizer | None = None
+    plain_sampler: Callable[[SamplingType], Sampler] = _nothing_to_choose_from
+    """The sampler that serves plain SamplingParams of a sampling type, for strategies that build on it."""
+    proposer: Callable[[str], Proposer] = _nothing_to_choose_from
+    """A proposer by name."""
+    side_model: Callable[[str], SideModel] = _nothing_to_choose_from
+    """A second model by name or folder, which reads along with the engine's sequences."""
 
 
 @attrs.frozen(slots=True, kw_only=True)
@@ -29,18 +63,33 @@ class SamplerOutput:
     """
 
     parents: torch.Tensor
-    """int64 ``[m]``: the row of this step's logits that each new row continues. Never leaves its request."""
+    """int64 ``[m]``: the row of this step's logits that each new row continues. Never leaves its request.
+    A child of a row that follows drafted tokens keeps those tokens (see ``SamplingMetadata.drafts``)."""
     tokens: torch.Tensor
-    """int64 ``[m, k]``: tokens appended to each row, left to right; -1 pads rows that append fewer than ``k``."""
+    """int64 ``[m, k]``: tokens appended to each row, left to right; -1 pads rows that append fewer than ``k``.
+    A row that appends none is held: it waits as it is and is offered again, with the same logits, in the next step
+    (and costs as much as a row that grows)."""
     logprobs: torch.Tensor | None = None
-    """float32 ``[m, k]``: log probabilities of ``tokens`` under the sampler's own distribution, or None."""
+    """float32 ``[m, k]``: log probabilities of ``tokens`` as the strategy counts them. The engine adds them to
+    ``cumulative_logprob``. None where the strategy does not compute any."""
     finished: torch.Tensor | None = None
     """bool ``[m]``: rows that the sampler itself declares finished after this step, or None for none."""
+    scores: torch.Tensor | None = None
+    """float32 ``[m]``: what the strategy ranks rows by. It stays with each row, through forks and preemption, as
+    ``SamplingMetadata.scores`` and ``Sequence.score``. None leaves every row its parent's."""
+    tags: torch.Tensor | None = None
+    """int64 ``[m]``: a number by which the strategy knows each row again, carried like ``scores``."""
+    drafts: torch.Tensor | None = None
+    """int64 ``[m, d]``: guesses at the tokens that follow ``tokens``, -1 padded. The next step computes them too and
+    offers a row of logits after each; see ``SamplingMetadata.drafts``. The engine may cut them short."""
 
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Chooses next tokens for all rows of its requests, in one batched call per step."""
+    """Chooses next tokens for all rows of its requests, in one batched call per step.
+
+    A sampler whose attribute ``needs_history`` is true gets every row's token ids in ``metadata.history``.
+    """
 
     def add_request(self, request: Request) -> None:
         """Told once when ``request`` is admitted; a place to open per-request state."""
@@ -84,9 +133,26 @@ class LogitsProcessor(Protocol):
         """Return edited logits, float32 ``[rows, vocab]``, for the rows in ``metadata`` (in place is fine)."""
 
 
+@attrs.frozen(slots=True, kw_only=True)
+class Draft:
+    """Guessed continuations of some rows."""
+
+    tokens: torch.Tensor
+    """int64 ``[rows, k]``; -1 pads shorter drafts."""
+    probs: torch.Tensor | None = None
+    """float32 ``[rows, k, vocab]``: the distribution each token was drawn from; None if each was the only choice."""
+
+
 @runtime_checkable
 class Proposer(Protocol):
     """Drafts tokens that a speculative sampler verifies in one forward pass."""
 
-    def propose(self, metadata: SamplingMetadata, max_tokens: int) -> torch.Tensor:
-        """Return int64 ``[rows, k]`` drafted tokens, ``k <= max_tokens``; -1 pads shorter drafts."""
+    def propose(self, metadata: SamplingMetadata, max_tokens: int) -> Draft:
+        """Draft up to ``max_tokens`` tokens behind ``metadata.history[row]`` for each row.
+
+        ``metadata`` is aligned with the rows that go on: parameters, seeds and positions are those of the first
+        token to draft.
+        """
+
+    def remove_request(self, request_id: str) -> None:
+        """Told once when the request has ended in any way; drop what is kept about it."""

@@ -5,11 +5,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import attrs
+import torch
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Sequence
 
     from folo_core.sampling_params import SamplingParams
+
+_TENSORS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "seeds",
+    "sequence_indices",
+    "positions",
+    "slots",
+    "scores",
+    "tags",
+)
 
 
 @attrs.define(slots=True, kw_only=True)
@@ -51,8 +65,45 @@ class SamplingMetadata:
     any_min_p: bool = True
     need_logprobs: bool = False
     """True when some row wants log probabilities."""
+    scores: torch.Tensor
+    """float32 ``[rows]``: the number that the strategy gave the row last (``SamplerOutput.scores``); 0 at first."""
+    tags: torch.Tensor
+    """int64 ``[rows]``: likewise ``SamplerOutput.tags``; 0 at first."""
+    drafts: torch.Tensor | None = None
+    """int64 ``[rows]``: the drafted token that comes after this row's position, -1 if none; None without any drafts.
+
+    A sequence with ``d`` drafted tokens has ``d + 1`` adjacent rows: the logits before its first drafted token,
+    after it, after the second and so on. A child of the ``j``-th of them keeps the first ``j`` drafted tokens.
+    """
 
     @property
     def num_rows(self) -> int:
         """Number of rows being sampled."""
         return len(self.request_ids)
+
+    @property
+    def groups(self) -> list[tuple[str, range]]:
+        """Each request's id and its rows, in order."""
+        starts = [row for row, name in enumerate(self.request_ids) if not row or name != self.request_ids[row - 1]]
+        ends = [*starts[1:], self.num_rows]
+        return [(self.request_ids[start], range(start, end)) for start, end in zip(starts, ends, strict=True)]
+
+    def select(self, rows: Sequence[int]) -> SamplingMetadata:
+        """Return the metadata of these rows, in this order; a row may be named often. Drafts are left out.
+
+        A strategy that draws several tokens from one row gives the copies a ``sequence_indices`` of their own.
+        """
+        index = torch.tensor(rows, device=self.positions.device)
+        tensors = {name: getattr(self, name)[index] for name in _TENSORS}
+        return SamplingMetadata(
+            **tensors,
+            request_ids=[self.request_ids[row] for row in rows],
+            params=[self.params[row] for row in rows],
+            prompt_lengths=[self.prompt_lengths[row] for row in rows],
+            history=None if self.history is None else [self.history[row] for row in rows],
+            all_greedy=self.all_greedy,
+            any_top_k=self.any_top_k,
+            any_top_p=self.any_top_p,
+            any_min_p=self.any_min_p,
+            need_logprobs=self.need_logprobs,
+        )

@@ -51,6 +51,10 @@ class NewSequence:
     index: int
     token_ids: list[int]
     """All tokens so far, prompt and output."""
+    num_computed: int = 0
+    """Leading tokens whose keys and values its blocks already hold."""
+    score: float = 0.0
+    tag: int = 0
 
 
 @attrs.frozen(slots=True)
@@ -59,10 +63,14 @@ class Fork:
 
     parent_id: int
     child_id: int
+    request_id: str
     index: int
     num_tokens: int
     tail: list[int]
+    num_computed: int
     blocks: list[int]
+    score: float = 0.0
+    tag: int = 0
 
 
 @attrs.define(slots=True)
@@ -76,9 +84,9 @@ class SchedulerOutput:
     seq_ids: list[int] = attrs.field(factory=list)
     """Scheduled sequences; those of one request adjacent, in row order."""
     num_new_tokens: list[int] = attrs.field(factory=list)
-    """Tokens of each to run in this step."""
+    """Tokens of each to run in this step, drafted ones included."""
     samples: list[bool] = attrs.field(factory=list)
-    """Whether each reaches its newest token, so that the next one is sampled."""
+    """Whether each reaches its newest token, so that the next one is sampled. Tokens past it are drafts."""
     new_sequences: list[NewSequence] = attrs.field(factory=list)
     forks: list[Fork] = attrs.field(factory=list)
     released: list[int] = attrs.field(factory=list)

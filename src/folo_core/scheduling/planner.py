@@ -39,10 +39,9 @@ class StepPlanner:
             False if memory is short, and then nothing has changed: preempt somebody and ask again.
             True otherwise, also when no token budget is left and the request sits this step out.
         """
-        counts = self._token_counts(request.live)
-        if counts is None:
-            return True
-        return self._grant(request, counts)
+        if any(sequence.block_table is None for sequence in request.live):
+            return self._gather(request)
+        return self._advance(request)
 
     def admit(self, request: Request) -> bool:
         """Move the first waiting request into the step, with all its sequences or not at all.
@@ -52,16 +51,17 @@ class StepPlanner:
         """
         if request.width > self.seqs_left:
             return False
-        counts = self._token_counts(request.live)
-        if counts is None or not self._grant(request, counts):
+        first = request.live[0]
+        target = first.num_tokens if len(request.live) == 1 else _common_prefix(request.live)
+        counts = self._token_counts([target])
+        if counts is None or not self._grant(request, [first], counts):
             return False
         self.state.waiting.remove(request.request_id)
         bisect.insort(self.state.running, request, key=self.order)
         self.seqs_left -= request.width
         for sequence in request.live:
             sequence.transition(SequenceStatus.RUNNING)
-            new = NewSequence(sequence.seq_id, request.request_id, sequence.index, sequence.data.token_ids.copy())
-            self.output.new_sequences.append(new)
+        self._introduce(request, [first], 0)
         return True
 
     def preempt(self, request: Request) -> None:
@@ -73,19 +73,61 @@ class StepPlanner:
         self.seqs_left += request.width
         for sequence in request.live:
             self.state.kv.release(sequence)
+            sequence.draft_token_ids.clear()
             sequence.transition(SequenceStatus.WAITING)
             self.output.released.append(sequence.seq_id)
         request.metrics.num_preemptions += 1
         self.output.preempted.append(request)
         self.state.waiting.push(request)
 
-    def _token_counts(self, sequences: list[Sequence]) -> list[int] | None:
-        """Choose how many tokens each sequence runs, within the budget; None if none can run.
+    def _advance(self, request: Request) -> bool:
+        """Schedule the next tokens of a group that is in memory, with its drafts if there is room for them."""
+        live = request.live
+        counts = self._token_counts([s.num_tokens + len(s.draft_token_ids) - s.num_computed_tokens for s in live])
+        if counts is None:
+            return True
+        if self._grant(request, live, counts):
+            return True
+        if not any(sequence.draft_token_ids for sequence in live):
+            return False
+        for sequence in live:
+            sequence.draft_token_ids.clear()
+        return self._advance(request)
+
+    def _gather(self, request: Request) -> bool:
+        """Bring a preempted group back: its first sequence computes what all share, then the others join it."""
+        first, *others = request.live
+        missing = _common_prefix(request.live) - first.num_computed_tokens
+        if missing > 0:
+            counts = self._token_counts([missing])
+            return counts is None or self._grant(request, [first], counts)
+        assert first.block_table is not None  # noqa: S101 (it has computed tokens)
+        shared = first.num_computed_tokens
+        for sequence in others:
+            sequence.block_table = first.block_table.fork()
+            sequence.num_computed_tokens = shared
+        if self._advance(request):
+            self._introduce(request, others, shared)
+            return True
+        for sequence in others:
+            self.state.kv.release(sequence)
+        return False
+
+    def _introduce(self, request: Request, sequences: list[Sequence], num_computed: int) -> None:
+        """Tell the executor of sequences that it does not know, with the tokens that others computed for them."""
+        for s in sequences:
+            tokens = s.data.token_ids.copy()
+            new = NewSequence(s.seq_id, request.request_id, s.index, tokens, num_computed, s.score, s.tag)
+            self.output.new_sequences.append(new)
+            assert s.block_table is not None  # noqa: S101 (it has just been given room)
+            self.output.new_blocks[s.seq_id] = (0, s.block_table.blocks.copy())
+
+    def _token_counts(self, wanted: list[int]) -> list[int] | None:
+        """Choose how many tokens each sequence of a group runs, within the budget; None if none can run.
 
         A group samples in lockstep: unless all its sequences reach their newest token in this step,
         those that could are held one token short.
         """
-        wanted = [s.num_tokens - s.num_computed_tokens for s in sequences]
         total = sum(wanted)
         if total == 0:
             return None  # its newest token is still on the device
@@ -102,15 +144,14 @@ class StepPlanner:
             left -= count
         return counts if sum(counts) else None
 
-    def _grant(self, request: Request, counts: list[int]) -> bool:
-        """Take memory for the group and write its rows into the step; False if memory is short."""
-        live = request.live
-        lengths = [0 if s.block_table is None else len(s.block_table.blocks) for s in live]
-        copies = self.state.kv.extend(live, counts)
+    def _grant(self, request: Request, sequences: list[Sequence], counts: list[int]) -> bool:
+        """Take memory for a group's sequences and write their rows into the step; False if memory is short."""
+        lengths = [0 if s.block_table is None else len(s.block_table.blocks) for s in sequences]
+        copies = self.state.kv.extend(sequences, counts)
         if copies is None:
             return False
         output = self.output
-        for sequence, count, known, copy in zip(live, counts, lengths, copies, strict=True):
+        for sequence, count, known, copy in zip(sequences, counts, lengths, copies, strict=True):
             if copy is not None:
                 output.copy_sources.append(copy[0])
                 output.copy_destinations.append(copy[1])
@@ -131,4 +172,14 @@ class StepPlanner:
         sequence.num_computed_tokens += count
         self.output.seq_ids.append(sequence.seq_id)
         self.output.num_new_tokens.append(count)
-        self.output.samples.append(sequence.num_computed_tokens == sequence.num_tokens)
+        num_drafts = sequence.num_computed_tokens - sequence.num_tokens
+        self.output.samples.append(num_drafts >= 0)
+        del sequence.draft_token_ids[max(0, num_drafts) :]
+
+
+def _common_prefix(sequences: list[Sequence]) -> int:
+    """Return how many leading tokens all have in common, short of any one's newest, which must be run to sample."""
+    rows = [sequence.data.token_ids for sequence in sequences]
+    most = min(map(len, rows)) - 1
+    differs = (place for place, tokens in enumerate(zip(*rows, strict=False)) if len(set(tokens)) > 1)
+    return min(most, next(differs, most))

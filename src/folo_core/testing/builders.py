@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,8 @@ from folo_core.sampling.metadata import SamplingMetadata
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from folo_core.plugins.registry import Registry
+    from folo_core.sampling.interface import SamplerContext
     from folo_core.sampling_params import SamplingParams
 
 
@@ -25,6 +27,9 @@ def make_metadata(  # noqa: PLR0913 (each argument is one column of the metadata
     sequence_indices: Sequence[int] | None = None,
     histories: Sequence[list[int]] | None = None,
     prompt_lengths: Sequence[int] | None = None,
+    scores: Sequence[float] | None = None,
+    tags: Sequence[int] | None = None,
+    drafts: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
 ) -> SamplingMetadata:
     """Build the metadata of one step as the engine would.
@@ -37,6 +42,9 @@ def make_metadata(  # noqa: PLR0913 (each argument is one column of the metadata
         sequence_indices: each row's index within its request; by default counted from 0.
         histories: each row's token ids, prompt and output; by default one token, 0.
         prompt_lengths: how many of these are the prompt's; by default all.
+        scores: what the strategy ranked each row by last; by default 0.
+        tags: the number by which the strategy knows each row; by default 0.
+        drafts: the drafted token after each row, -1 for none; by default nothing is drafted.
         device: where the tensors live.
     """
     rows = range(len(params))
@@ -57,6 +65,9 @@ def make_metadata(  # noqa: PLR0913 (each argument is one column of the metadata
         sequence_indices=column(indices, torch.int64),
         positions=column([len(ids) for ids in history], torch.int64),
         slots=column(rows, torch.int64),
+        scores=column(scores if scores is not None else [0.0] * len(params), torch.float32),
+        tags=column(tags if tags is not None else [0] * len(params), torch.int64),
+        drafts=None if drafts is None else column(drafts, torch.int64),
         request_ids=ids,
         params=list(params),
         prompt_lengths=list(prompt_lengths) if prompt_lengths is not None else [len(ids) for ids in history],
@@ -67,6 +78,28 @@ def make_metadata(  # noqa: PLR0913 (each argument is one column of the metadata
         any_min_p=any(p.min_p > 0 for p in params),
         need_logprobs=any(p.logprobs is not None for p in params),
     )
+
+
+def make_context(
+    *,
+    vocab_size: int = 64,
+    device: torch.device | str = "cpu",
+    registry: Registry | None = None,
+    **fields: Any,  # noqa: ANN401 (SamplerContext judges them)
+) -> SamplerContext:
+    """Build what a sampler's factory gets, with the plain samplers and proposers of the installed plugins.
+
+    Args:
+        vocab_size: width of a logits row, in tokens.
+        device: where logits live.
+        registry: the installed plugins, if they are loaded already.
+        fields: more fields of SamplerContext, such as ``tokenizer``, ``config`` or ``side_model``.
+    """
+    from folo_core.plugins.assembly import sampler_context
+    from folo_core.plugins.manager import load_registry
+
+    registry = load_registry() if registry is None else registry
+    return sampler_context(registry, vocab_size=vocab_size, device=torch.device(device), **fields)
 
 
 def make_request(request_id: str, params: SamplingParams, *, prompt: Sequence[int] = (1, 2, 3)) -> Request:

@@ -38,7 +38,7 @@ from folo_core.sampling.interface import LogitsProcessor, Sampler
 from folo_core.sampling_params import SamplingParams
 from folo_core.scheduling.interface import Scheduler, SchedulerState, StepBudget
 from folo_core.scheduling.queue import RequestQueue
-from folo_core.testing.builders import logits_of, make_metadata, make_request
+from folo_core.testing.builders import logits_of, make_context, make_metadata, make_request
 from folo_core.testing.harness import SamplerHarness, require
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class SamplerConformance(_PartConformance):
 
     def build(self, part: Part) -> Sampler:
         """A fresh sampler."""
-        sampler: Sampler = part.build(self.vocab_size, torch.device("cpu"))
+        sampler: Sampler = part.build(make_context(vocab_size=self.vocab_size))
         return sampler
 
     def outputs(self, part: Part, numbers: list[int], **harness: Any) -> dict[str, list[list[int]]]:  # noqa: ANN401

@@ -46,7 +46,7 @@ def check_sampler_output(output: SamplerOutput, metadata: SamplingMetadata, voca
     require(places == sorted(places), f"parents: {rows}: rows of a request must stay adjacent and in request order")
     padded = (tokens[:, :-1] < 0) & (tokens[:, 1:] >= 0)
     require(not padded.any(), "tokens: -1 may only pad on the right")
-    require((tokens[:, 0] >= 0).all() and (tokens >= -1).all(), "tokens: each row appends at least one token id >= 0")
+    require((tokens >= -1).all(), "tokens: token ids are >= 0, and -1 pads")
     require((tokens < vocab_size).all(), f"tokens: largest is {int(tokens.max()) if len(rows) else 0} >= {vocab_size}")
     if (logprobs := output.logprobs) is not None:
         require(
@@ -54,6 +54,15 @@ def check_sampler_output(output: SamplerOutput, metadata: SamplingMetadata, voca
             f"logprobs: {_show(logprobs)}: must be float32 {tuple(tokens.shape)}",
         )
         require((logprobs[tokens >= 0] <= 0).all(), "logprobs: a log probability is <= 0 and not NaN")
+    for name, dtype in (("scores", torch.float32), ("tags", torch.int64)):
+        if (column := getattr(output, name)) is not None:
+            right = column.dtype == dtype and column.shape == parents.shape
+            require(right, f"{name}: {_show(column)}: must be {str(dtype)[6:]} {tuple(parents.shape)}")
+    require(output.scores is None or not output.scores.isnan().any(), "scores: a score is a number, not NaN")
+    if (drafts := output.drafts) is not None:
+        right = drafts.dtype == torch.int64 and drafts.dim() == 2 and len(drafts) == len(parents)  # noqa: PLR2004 (a matrix)
+        require(right, f"drafts: {_show(drafts)}: must be int64 [{len(parents)}, d]")
+        require(((drafts >= -1) & (drafts < vocab_size)).all(), f"drafts: outside -1..{vocab_size - 1}")
     if (finished := output.finished) is not None:
         require(
             finished.dtype == torch.bool and finished.shape == parents.shape,
@@ -87,18 +96,27 @@ class SamplerHarness:
 
     def step(self) -> SamplerOutput | None:
         """Sample once for every live row; None when there is none."""
-        rows = [(request, sequence) for request in self.live for sequence in request.live]
+        rows = [
+            (request, sequence, offset)
+            for request in self.live
+            for sequence in request.live
+            for offset in range(len(sequence.draft_token_ids) + 1)
+        ]
         if not rows:
             return None
-        histories = [list(sequence.data.token_ids) for _, sequence in rows]
+        histories = [list(sequence.data.token_ids) + sequence.draft_token_ids[:offset] for _, sequence, offset in rows]
+        drafts = [(sequence.draft_token_ids[offset:] or [-1])[0] for _, sequence, offset in rows]
         metadata = make_metadata(
-            [request.params for request, _ in rows],
+            [request.params for request, _, _ in rows],
             vocab_size=self.vocab_size,
-            request_ids=[request.request_id for request, _ in rows],
-            seeds=[request.seed for request, _ in rows],
-            sequence_indices=[sequence.index for _, sequence in rows],
+            request_ids=[request.request_id for request, _, _ in rows],
+            seeds=[request.seed for request, _, _ in rows],
+            sequence_indices=[sequence.index for _, sequence, _ in rows],
             histories=histories,
-            prompt_lengths=[len(request.prompt_token_ids) for request, _ in rows],
+            prompt_lengths=[len(request.prompt_token_ids) for request, _, _ in rows],
+            scores=[sequence.score for _, sequence, _ in rows],
+            tags=[sequence.tag for _, sequence, _ in rows],
+            drafts=drafts if max(drafts) >= 0 else None,
         )
         logits = torch.stack([self.logits_of(history, self.vocab_size) for history in histories])
         output = self.sampler.step(logits, metadata)
@@ -118,23 +136,28 @@ class SamplerHarness:
         self.live.remove(request)
         return [sequence.data.output_token_ids for sequence in ranked]
 
-    def _apply(self, output: SamplerOutput, rows: list[tuple[Request, TokenSequence]]) -> None:
+    def _apply(self, output: SamplerOutput, rows: list[tuple[Request, TokenSequence, int]]) -> None:
         """Re-parent as the engine does: a parent's first child goes on as the parent, the others are forks."""
-        parents = output.parents.tolist()
+        parents = [rows[row] for row in output.parents.tolist()]
+        continued = [sequence for _, sequence, _ in parents]
+        is_fork = [sequence in continued[:child] for child, sequence in enumerate(continued)]
+        drafts = {id(sequence): sequence.draft_token_ids for _, sequence, _ in rows}
         children = [
-            parent if parents.index(row) == child else request.fork_sequence(parent, next(self._ids))
-            for child, row in enumerate(parents)
-            for request, parent in [rows[row]]
+            request.fork_sequence(sequence, next(self._ids)) if fork else sequence
+            for (request, sequence, _), fork in zip(parents, is_fork, strict=True)
         ]
-        finished = [False] * len(parents) if output.finished is None else output.finished.tolist()
         for request in self.live:
-            request.live[:] = [c for c, row in zip(children, parents, strict=True) if rows[row][0] is request]
-        for child, row, tokens, done in zip(children, parents, output.tokens.tolist(), finished, strict=True):
-            for token in tokens:
+            request.live[:] = [c for c, (owner, _, _) in zip(children, parents, strict=True) if owner is request]
+        columns = {name: getattr(output, name) for name in ("finished", "scores", "tags", "drafts")}
+        for place, (child, (request, sequence, offset)) in enumerate(zip(children, parents, strict=True)):
+            for token in [*drafts[id(sequence)][:offset], *output.tokens[place].tolist()]:
                 if token >= 0:
                     child.add_token_id(token)
-            if done:
-                rows[row][0].close_sequence(child, SequenceStatus.FINISHED_STOPPED)
+            given = {name: column[place].tolist() for name, column in columns.items() if column is not None}
+            child.score, child.tag = given.get("scores", child.score), given.get("tags", child.tag)
+            child.draft_token_ids = [] if is_fork[place] else [t for t in given.get("drafts", []) if t >= 0]
+            if given.get("finished"):
+                request.close_sequence(child, SequenceStatus.FINISHED_STOPPED)
 
 
 def _show(tensor: torch.Tensor) -> str:

@@ -11,19 +11,19 @@ from folo_core.sampling_params import SamplingType
 if TYPE_CHECKING:
     import torch
 
-    from folo_core.sampling.interface import LogitsProcessor, Sampler
+    from folo_core.sampling.interface import LogitsProcessor, Sampler, SamplerContext
 
 
-def _greedy(_vocab_size: int, _device: torch.device) -> Sampler:
+def _greedy(_context: SamplerContext) -> Sampler:
     from folo_sampling.greedy import GreedySampler
 
     return GreedySampler()
 
 
-def _random(vocab_size: int, device: torch.device) -> Sampler:
+def _random(context: SamplerContext) -> Sampler:
     from folo_sampling.random import RandomSampler
 
-    return RandomSampler(vocab_size, device)
+    return RandomSampler(context.vocab_size, context.device)
 
 
 def _penalties(vocab_size: int, device: torch.device) -> LogitsProcessor:

@@ -10,15 +10,15 @@ from folo_core.plugins.specs import SamplerSpec
 from folo_third_party_sampler.params import TypicalParams
 
 if TYPE_CHECKING:
-    import torch
+    from folo_core.sampling.interface import SamplerContext
 
     from folo_third_party_sampler.sampler import TypicalSampler
 
 
-def _build(vocab_size: int, device: torch.device) -> TypicalSampler:
+def _build(context: SamplerContext) -> TypicalSampler:
     from folo_third_party_sampler.sampler import TypicalSampler  # brings torch: only when chosen
 
-    return TypicalSampler(vocab_size, device)
+    return TypicalSampler(context.vocab_size, context.device)
 
 
 @hookimpl
