@@ -18,7 +18,7 @@ from folo_core.plugins.manager import load_registry
 from folo_core.sampling_params import RequestOutputKind
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncGenerator, Callable
 
     from folo_core.components import Components
     from folo_core.engine.input_processor import Prompt
@@ -31,15 +31,15 @@ logger = logging.getLogger(__name__)
 class _Stream:
     """One request's outputs on their way to the event loop; a slow reader of cumulative ones skips to the newest."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, *, keep_all: bool) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self._keep_all = keep_all
+        self.keep_all = True
         self._items: deque[RequestOutput | BaseException] = deque()
         self._ready = asyncio.Event()
 
     def put(self, item: RequestOutput | BaseException) -> None:
         """Deliver an item. Called on the event loop."""
-        if self._items and not self._keep_all:
+        if self._items and not self.keep_all:
             self._items.clear()
         self._items.append(item)
         self._ready.set()
@@ -85,14 +85,14 @@ class AsyncEngine:
         """Whether requests can be served."""
         return self._thread.is_alive() and self._failure is None
 
-    async def generate(
+    def generate(
         self,
         prompt: Prompt,
         sampling_params: SamplingParams,
         request_id: str | None = None,
         *,
         priority: int = 0,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Stream a request's outputs. Leaving the loop early, or being cancelled, aborts the request.
 
         Raises:
@@ -101,11 +101,43 @@ class AsyncEngine:
             EngineDeadError: the engine has stopped.
         """
         request_id = f"async-{next(self._request_ids)}" if request_id is None else request_id
-        loop = asyncio.get_running_loop()
-        stream = _Stream(loop, keep_all=sampling_params.output_kind is RequestOutputKind.DELTA)
+
+        def start() -> None:
+            self.engine.add_request(request_id, prompt, sampling_params, priority=priority)
+
+        return self._stream(request_id, start)
+
+    def fork(
+        self,
+        request_id: str,
+        new_request_id: str | None = None,
+        *,
+        at: int | None = None,
+        row: int = 0,
+        params: SamplingParams | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Branch a running request and stream the branch's outputs, which begin with what it took over.
+
+        See ``Engine.fork``. Leaving the loop early, or being cancelled, aborts the branch, not its source.
+
+        Raises:
+            RequestError: an id is unknown or in use, or ``at`` or ``row`` names what is not there.
+            ParamsError: ``params`` do not fit.
+            EngineDeadError: the engine has stopped.
+        """
+        new_id = f"async-{next(self._request_ids)}" if new_request_id is None else new_request_id
+
+        def start() -> None:
+            self.engine.fork(request_id, new_id, at=at, row=row, params=params)
+
+        return self._stream(new_id, start)
+
+    async def _stream(self, request_id: str, start: Callable[[], None]) -> AsyncGenerator[RequestOutput, None]:
+        """Start a request on the engine's thread and yield its outputs; abort it if the reader leaves."""
+        stream = _Stream(asyncio.get_running_loop())
         finished = False
         try:
-            await self._call(lambda: self._add(request_id, stream, prompt, sampling_params, priority))
+            await self._call(lambda: self._open(request_id, stream, start))
             while not finished:
                 output = await stream.get()
                 finished = output.finished
@@ -150,15 +182,9 @@ class AsyncEngine:
             message = "the engine has stopped" if self._failure is None else f"the engine has failed: {self._failure}"
             raise EngineDeadError(message) from self._failure
 
-    def _add(
-        self,
-        request_id: str,
-        stream: _Stream,
-        prompt: Prompt,
-        params: SamplingParams,
-        priority: int,
-    ) -> None:
-        self.engine.add_request(request_id, prompt, params, priority=priority)
+    def _open(self, request_id: str, stream: _Stream, start: Callable[[], None]) -> None:
+        start()
+        stream.keep_all = self.engine.requests[request_id].params.output_kind is RequestOutputKind.DELTA
         self._streams[request_id] = stream
 
     def _abort_stream(self, request_id: str, stream: _Stream) -> None:

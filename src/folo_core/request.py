@@ -107,6 +107,16 @@ class Request:
         self.live.append(sequence)
         return sequence
 
+    def branch_from(self, parent: Sequence, at: int | None, seq_id: int) -> Sequence:
+        """Start the request's first sequence with the first ``at`` output tokens of another request's, or all."""
+        sequence = self.open_sequence(seq_id)
+        sequence.data.output_token_ids += parent.data.output_token_ids[:at]
+        if sequence.logprobs is not None and parent.logprobs is not None:
+            sequence.logprobs += parent.logprobs[:at]
+            first_of = (next(iter(entry.values())).logprob for entry in sequence.logprobs)
+            sequence.data.cumulative_logprob = sum(first_of, 0.0)
+        return sequence
+
     def fork_sequence(self, parent: Sequence, seq_id: int) -> Sequence:
         """Return a child of ``parent`` under the request's next index. The caller places it among ``live``."""
         return parent.fork(seq_id=seq_id, index=next(self._indices))

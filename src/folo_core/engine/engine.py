@@ -92,6 +92,55 @@ class Engine:
             RequestError: the id is in use, the queue is full, or the prompt cannot be served.
             ParamsError: the parameters do not fit the model, or no sampler serves them.
         """
+        self._check_new(request_id)
+        arrival = next(self._arrivals)
+        request = self.inputs.process(request_id, prompt, params, priority=priority, arrival=arrival)
+        self.executor.add_request(request)
+        self.outputs.open(request, request.open_sequence(next(self._seq_ids)))
+        self.requests[request_id] = request
+        self.state.waiting.push(request)
+
+    def fork(
+        self,
+        request_id: str,
+        new_request_id: str,
+        *,
+        at: int | None = None,
+        row: int = 0,
+        params: SamplingParams | None = None,
+    ) -> None:
+        """Branch a generation: a new request goes on from another one's tokens, which keeps running.
+
+        The two share the KV blocks of what they have in common. The new request's answer begins with the tokens
+        that it takes over, and its limits (``max_tokens``) count them. Its strategy starts anew: a fork of one beam is
+        not that beam's search. If no place is free, or the source holds no memory, the fork waits in the queue
+        and is computed anew when its turn comes.
+
+        Args:
+            request_id: the request to branch; it must not have finished.
+            new_request_id: the branch's id, for its outputs and for ``abort``.
+            at: how many output tokens to take over; None for all there are.
+            row: which of the request's live sequences to branch, in row order.
+            params: the branch's own parameters; None for the source's with a seed of its own, since with the same
+                seed the branch would draw the same tokens.
+
+        Raises:
+            RequestError: an id is unknown or in use, ``at`` or ``row`` names what is not there, or the queue is full.
+            ParamsError: ``params`` do not fit.
+        """
+        self._check_new(new_request_id)
+        source = self.requests.get(request_id)
+        if source is None:
+            message = f"request_id: {request_id!r}: no such request is running: fork it before it has finished"
+            raise RequestError(message, code="unknown_request_id")
+        request = self.inputs.branch(new_request_id, source, row, at, params, arrival=next(self._arrivals))
+        self.executor.add_request(request)
+        self.outputs.open(request, request.branch_from(source.live[row], at, next(self._seq_ids)))
+        self.requests[new_request_id] = request
+        if not self._share_memory(source.live[row], request):
+            self.state.waiting.push(request)
+
+    def _check_new(self, request_id: str) -> None:
         if request_id in self.requests:
             message = f"request_id: {request_id!r}: a request of this id is not finished yet: choose another"
             raise RequestError(message, code="duplicate_request_id")
@@ -99,12 +148,24 @@ class Engine:
         if limit is not None and len(self.state.waiting) >= limit:
             message = f"request {request_id!r}: the queue holds max_waiting_requests={limit}: try again later"
             raise RequestError(message, code="queue_full")
-        arrival = next(self._arrivals)
-        request = self.inputs.process(request_id, prompt, params, priority=priority, arrival=arrival)
-        self.executor.add_request(request)
-        self.outputs.open(request, request.open_sequence(next(self._seq_ids)))
-        self.requests[request_id] = request
-        self.state.waiting.push(request)
+
+    def _share_memory(self, parent: Sequence, request: Request) -> bool:
+        """Let a branch start on its parent's blocks, at once; False if it cannot."""
+        places = self.budget.max_num_seqs - self.state.num_running_seqs
+        if parent.block_table is None or request.width > places or request.wants_prompt_logprobs:
+            return False
+        child = request.live[0]
+        child.block_table = parent.block_table.fork()
+        self.state.kv.truncate(child, min(parent.num_computed_tokens, child.num_tokens - 1))
+        child.transition(SequenceStatus.RUNNING)
+        self.state.start(request, self.scheduler.order)
+        # A parent that the executor has not seen yet is itself a fork: both start from the same sequence.
+        pending = next((fork for fork in self._forks if fork.child_id == parent.seq_id), None)
+        known_id = parent.seq_id if pending is None else pending.parent_id
+        known = parent.num_tokens if pending is None else pending.num_tokens
+        known = min(known, child.num_tokens)
+        self._note_fork(request, known_id, child, known)
+        return True
 
     def abort(self, request_ids: str | Iterable[str]) -> list[RequestOutput]:
         """End requests wherever they are and return their last outputs; unknown ids are ignored."""
@@ -263,7 +324,7 @@ class Engine:
         """Return a new sequence that goes on as ``sample`` says of ``row``, and note it for the executor."""
         child = request.fork_sequence(parent, next(self._seq_ids))
         self._settle_row(child, sample, row)
-        self._note_fork(request, parent, child, sample.tokens[row])
+        self._note_fork(request, parent.seq_id, child, child.num_tokens, sample.tokens[row])
         return child
 
     def _is_fork(self, sample: RequestSample, row: int) -> bool:
@@ -275,19 +336,21 @@ class Engine:
         room = min((request.params.max_tokens or 0) - length, self.inputs.max_model_len - sequence.num_tokens) - 1
         sequence.draft_token_ids = list(itertools.takewhile(lambda token: token >= 0, drafts[: max(room, 0)]))
 
-    def _note_fork(self, request: Request, parent: Sequence, child: Sequence, tail: list[int]) -> None:
-        blocks = [] if child.block_table is None else child.block_table.blocks.copy()
+    def _note_fork(
+        self, request: Request, parent_id: int, child: Sequence, num_tokens: int, tail: list[int] | None = None
+    ) -> None:
+        """Have the executor start ``child`` from ``num_tokens`` of its parent's tokens and a tail of its own."""
         fork = Fork(
-            parent.seq_id,
-            child.seq_id,
-            request.request_id,
-            child.index,
-            child.num_tokens,
-            tail,
-            child.num_computed_tokens,
-            blocks,
-            child.score,
-            child.tag,
+            parent_id=parent_id,
+            child_id=child.seq_id,
+            request_id=request.request_id,
+            index=child.index,
+            num_tokens=num_tokens,
+            tail=child.data.token_ids[num_tokens:] if tail is None else tail,
+            num_computed=child.num_computed_tokens,
+            blocks=[] if child.block_table is None else child.block_table.blocks.copy(),
+            score=child.score,
+            tag=child.tag,
         )
         self._forks.append(fork)
 

@@ -73,6 +73,42 @@ class InputProcessor:
         self._check_size(request, max_tokens)
         return request
 
+    def branch(  # noqa: PLR0913 (as many as Engine.fork has)
+        self,
+        request_id: str,
+        source: Request,
+        row: int,
+        at: int | None,
+        params: SamplingParams | None,
+        *,
+        arrival: int,
+    ) -> Request:
+        """Build a request that goes on from the first ``at`` output tokens of one of ``source``'s live sequences.
+
+        Raises:
+            RequestError: there is no such row or no such token.
+            ParamsError: as ``process``, or the parameters leave nothing to generate.
+        """
+        if not 0 <= row < len(source.live):
+            message = f"row: {row}: request {source.request_id!r} has {len(source.live)} live sequences: from 0 on"
+            raise RequestError(message)
+        parent = source.live[row]
+        have = len(parent.data.output_token_ids)
+        keep = have if at is None else at
+        if not 0 <= keep <= have:
+            message = f"at: {at}: request {source.request_id!r} has {have} output tokens: use 0 to {have}"
+            raise RequestError(message)
+        params = attrs.evolve(source.params, seed=None) if params is None else params
+        prompt = {"prompt": source.prompt, "prompt_token_ids": source.prompt_token_ids}
+        request = self.process(request_id, prompt, params, priority=source.priority, arrival=arrival)
+        if keep >= (request.params.max_tokens or 0):
+            message = f"max_tokens: {request.params.max_tokens}: the branch takes over {keep} tokens, so ask for more"
+            raise ParamsError(message)
+        if request.params.logprobs is not None and parent.logprobs is None and keep:
+            message = f"logprobs: {request.params.logprobs}: request {source.request_id!r} did not ask for those it has"
+            raise ParamsError(message)
+        return request
+
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, tuple[int, ...]]:
         if isinstance(prompt, dict):
             if "prompt_token_ids" in prompt:

@@ -27,11 +27,13 @@ class OutputProcessor:
         """Sequence id to (characters, tokens) already sent, for DELTA outputs."""
 
     def open(self, request: Request, sequence: Sequence) -> None:
-        """Give a request's first sequence its detokenizer, if text is wanted."""
+        """Give a request's first sequence its detokenizer, if text is wanted, with the tokens that it took over."""
         if self.tokenizer is not None and request.params.detokenize:
             sequence.detokenizer = Detokenizer(
                 self.tokenizer, request.prompt_token_ids, skip_special_tokens=request.params.skip_special_tokens
             )
+            for token in sequence.data.output_token_ids:
+                sequence.detokenizer.append(token)
 
     def append(self, request: Request, sequence: Sequence, sample: RequestSample, row: int) -> SequenceStatus | None:
         """Append a row's new tokens up to the first that ends the sequence.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import attrs
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from folo_core.kv_cache.manager import KVCacheManager
     from folo_core.request import Request
     from folo_core.scheduling.queue import RequestQueue
@@ -35,6 +38,10 @@ class SchedulerState:
     """Requests that hold memory, ordered by the policy's ``order``."""
     swapped: list[Request] = attrs.field(factory=list)
     """Requests whose keys and values lie in host memory."""
+
+    def start(self, request: Request, order: Callable[[Request], Any]) -> None:
+        """Put a request among the running ones, in the policy's order."""
+        bisect.insort(self.running, request, key=order)
 
     @property
     def num_running_seqs(self) -> int:

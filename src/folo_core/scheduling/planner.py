@@ -6,7 +6,6 @@ preempted together, and a request samples only when all its sequences reach thei
 
 from __future__ import annotations
 
-import bisect
 from typing import TYPE_CHECKING
 
 from folo_core.scheduling.interface import NewSequence, SchedulerOutput
@@ -57,7 +56,7 @@ class StepPlanner:
         if counts is None or not self._grant(request, [first], counts):
             return False
         self.state.waiting.remove(request.request_id)
-        bisect.insort(self.state.running, request, key=self.order)
+        self.state.start(request, self.order)
         self.seqs_left -= request.width
         for sequence in request.live:
             sequence.transition(SequenceStatus.RUNNING)
