@@ -36,5 +36,16 @@ def kv_cache_budget(config: EngineConfig, info: ModelInfo, device: torch.device,
     return min(needed, CPU_DEFAULT_BYTES, _free_host_memory() // 4)
 
 
+def side_model_budget(config: EngineConfig, info: ModelInfo, device: torch.device) -> int:
+    """Return the KV blocks of a second model: what its longest sequences need, but no more than 2 GiB.
+
+    On the CPU no more than a quarter of the free memory either; always enough for one longest sequence.
+    """
+    block = config.cache.block_size * info.kv_bytes_per_token
+    one = -(-(config.max_model_len or info.max_model_len) // config.cache.block_size)
+    limit = CPU_DEFAULT_BYTES if device.type == "cuda" else min(CPU_DEFAULT_BYTES, _free_host_memory() // 4)
+    return max(one, min(config.scheduler.max_num_seqs * one, limit // block))
+
+
 def _free_host_memory() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

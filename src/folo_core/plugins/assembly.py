@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from folo_core.config import EngineConfig
     from folo_core.execution.interface import ModelInfo
+    from folo_core.execution.loading import Tokenizer
+    from folo_core.execution.side_model import SideModel
     from folo_core.plugins.registry import Part, Registry
     from folo_core.sampling_params import SamplingType
 
@@ -86,14 +88,78 @@ def sampler_context(registry: Registry, **fields: Any) -> SamplerContext:  # noq
     def proposer(name: str) -> Any:  # noqa: ANN401 (a Proposer)
         return registry.get("proposers", name).build(context)
 
-    def side_model(name: str) -> Any:  # noqa: ANN401 (a SideModel)
-        from folo_core.execution.side_model import open_side_model
-
+    def side_model(name: str) -> SideModel:
         return open_side_model(name, registry, context)
 
     given = {"plain_sampler": plain_sampler, "proposer": proposer, "side_model": side_model} | fields
     context = SamplerContext(**given)
     return context
+
+
+def open_side_model(name: str, registry: Registry, context: SamplerContext) -> SideModel:
+    """Load a second model, by alias, folder, file or hub id, on the engine's device, with its loader and backend.
+
+    It gets as many KV blocks as ``num_blocks`` gives the engine, where that is set. Without it, blocks for what
+    ``max_num_seqs`` longest sequences need, but at most 2 GiB, and on the CPU a quarter of the free memory. On CUDA
+    this memory and the weights come on top of the engine's share: leave room with ``gpu_memory_utilization``.
+
+    Raises:
+        ConfigError: its tokens or its longest sequence do not fit the engine's.
+        ModelLoadError: it cannot be loaded.
+        PluginError: no plugin can load or serve it.
+    """
+    from folo_core.execution.memory import side_model_budget
+    from folo_core.execution.side_model import SideModel
+    from folo_core.kv_cache.block_pool import BlockPool
+    from folo_core.kv_cache.block_table import BlockTable
+
+    if context.config is None:
+        raise PluginError(f"{name!r}: a side model needs an engine's configuration")
+    own = attrs.evolve(
+        context.config.model,
+        model=_resolve_alias(name, registry),
+        tokenizer=None,
+        revision=None,
+        chat_template=None,
+        dtype="auto",
+        device=str(context.device),
+    )
+    config = attrs.evolve(context.config, model=own)
+    loader = _choose_loader(config, registry).build(config)
+    tokenizer = loader.load_tokenizer()
+    model = loader.load_model(tokenizer)
+    _check_side_model(name, model.info, tokenizer, context)
+    usable = config.cache.num_blocks or side_model_budget(config, model.info, model.device)
+    empty = BlockTable(BlockPool(usable + 1), config.cache.block_size)
+    backend = _choose_backend(config, model.info, registry).build(config)
+    return SideModel(model, backend, empty, vocab_size=context.vocab_size)
+
+
+def _check_side_model(name: str, info: ModelInfo, tokenizer: Tokenizer | None, context: SamplerContext) -> None:
+    """Refuse a model that cannot read the engine's sequences.
+
+    Vocabularies padded to different widths are fine where the tokenizers show them to be one.
+    """
+    ours, theirs = _vocabulary(context.tokenizer), _vocabulary(tokenizer)
+    known = ours is not None and theirs is not None
+    if (known and ours != theirs) or (not known and info.vocab_size != context.vocab_size):
+        message = (
+            f"model {name!r}: its vocabulary of {info.vocab_size} is not the engine's of {context.vocab_size}: "
+            "a side model must have the same tokenizer"
+        )
+        raise ConfigError(message)
+    longest = 0 if context.config is None else context.config.max_model_len or 0
+    if info.max_model_len < longest:
+        message = f"max_model_len: {longest}: model {name!r} reads {info.max_model_len} tokens: lower max_model_len"
+        raise ConfigError(message)
+
+
+def _vocabulary(tokenizer: Tokenizer | None) -> Any:  # noqa: ANN401 (to compare with another's)
+    """Return every token with its id, or only their number from a tokenizer that does not list them."""
+    if tokenizer is None:
+        return None
+    listed = getattr(tokenizer, "get_vocab", None)
+    return len(tokenizer) if listed is None else listed()
 
 
 def _with_plugin_sections(config: EngineConfig, registry: Registry) -> EngineConfig:

@@ -19,7 +19,7 @@ from folo_core.plugins.manager import load_registry
 from folo_core.plugins.specs import AttentionBackendSpec, ModelLoaderSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from folo_core.attention.interface import AttentionMetadata
     from folo_core.components import Components
@@ -151,13 +151,16 @@ class FakeModel:
 
 
 class FakePlugin:
-    """Offers the loader and the attention backend called ``fake``, for one model instance."""
+    """Offers the loader and the attention backend called ``fake``, for one model instance and side models by name."""
 
     __name__ = "fake-model"
 
-    def __init__(self, model: FakeModel, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self, model: FakeModel, tokenizer: Tokenizer | None, side_models: Mapping[str, FakeModel] | None = None
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.side_models = dict(side_models or {})
 
     def load_tokenizer(self) -> Tokenizer | None:
         """Return the tokenizer this plugin was given."""
@@ -172,10 +175,11 @@ class FakePlugin:
     def folo_model_loaders(self) -> list[ModelLoaderSpec]:
         """Offer ``fake``."""
         return [
-            ModelLoaderSpec(
-                name="fake", help="a model without weights", factory=lambda _: self, can_load=lambda _: False
-            )
+            ModelLoaderSpec(name="fake", help="a model without weights", factory=self._loader, can_load=lambda _: False)
         ]
+
+    def _loader(self, config: EngineConfig) -> FakePlugin:
+        return FakePlugin(self.side_models.get(config.model.model, self.model), self.tokenizer)
 
     @hookimpl
     def folo_attention_backends(self) -> list[AttentionBackendSpec]:
@@ -197,6 +201,7 @@ def fake_components(
     tokenizer: Tokenizer | None = None,
     plugins: Iterable[object] = (),
     block: Iterable[str] = (),
+    side_models: Mapping[str, FakeModel] | None = None,
     **options: Any,  # noqa: ANN401 (engine options)
 ) -> Components:
     """Build components around a fake model: ``Engine(fake_components(max_num_seqs=4, num_blocks=8))``.
@@ -206,6 +211,7 @@ def fake_components(
         tokenizer: a FakeTokenizer if None.
         plugins: more plugin objects, such as a sampler under test.
         block: names of installed plugins to leave out.
+        side_models: models that samplers can open with ``context.side_model(name)``.
         options: flat engine options, as for ``LLM``.
     """
     from folo_core.plugins.assembly import build_components
@@ -215,5 +221,5 @@ def fake_components(
     config = EngineConfig.from_options(
         **({"model": "fake", "loader": "fake", "attention": "fake", "num_blocks": 512, "block_size": 4} | options)
     )
-    registry = load_registry(extra=[FakePlugin(model, chosen), *plugins], block=block)
+    registry = load_registry(extra=[FakePlugin(model, chosen, side_models), *plugins], block=block)
     return build_components(config, registry)
