@@ -109,6 +109,21 @@ def test_several_prompts_give_a_json_line_each(
     assert captured.err == ""
 
 
+def test_a_strategy_is_chosen_by_name_and_its_fields_are_set(
+    model: FakeModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert folo(monkeypatch, "generate", "hello", "--strategy", "random", "-O", "seed=3", "-O", "max_tokens=4") == 0
+    drawn = capsys.readouterr().out
+    tokenizer = TemplateTokenizer()
+    expected = tokenizer.decode(model.expected_tokens(tokenizer.encode("hello"), 4), skip_special_tokens=True)
+    assert 1 <= len(drawn.rstrip("\n")) <= 4
+    assert drawn.rstrip("\n") != expected, "a draw at temperature 1 is not the greedy answer"
+    assert folo(monkeypatch, "generate", "hello", "--strategy", "greedy", "-O", "max_tokens=4") == 0
+    assert capsys.readouterr().out == expected + "\n"
+    assert folo(monkeypatch, "generate", "hello", "-O", "max_token=4") == 2
+    assert "did you mean 'max_tokens'?" in capsys.readouterr().err
+
+
 def test_prompts_come_from_a_file_and_answers_go_to_one(
     model: FakeModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

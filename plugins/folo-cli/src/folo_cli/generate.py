@@ -26,10 +26,12 @@ def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; none, or '-', reads one from stdin.")] = None,
     model: options.Model = "demo",
     max_tokens: options.MaxTokens = 128,
-    temperature: options.Temperature = 0.0,
-    top_p: options.TopP = 1.0,
-    top_k: options.TopK = 0,
-    min_p: options.MinP = 0.0,
+    strategy: options.Strategy = None,
+    fields: options.Fields = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy, as without it.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling; 1 is off.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k most likely tokens; 0 is off.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Keep tokens this likely relative to the best; 0 is off.")] = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
     dtype: options.Dtype = "auto",
@@ -40,17 +42,16 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line per prompt as it finishes.")] = False,
     stats: Annotated[bool, typer.Option(help="Tell tokens per second on stderr.")] = True,
 ) -> None:
-    """Complete prompts. One prompt streams as text; several, --json or --output give a JSON line each."""
+    """Complete prompts. One answer streams as text; several, --json or --output give a JSON line for each prompt."""
     texts = _collect_prompts(prompts, prompts_file)
-    params = options.sampling_params(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, stop=stop
-    )
+    flags = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed, "stop": stop}
+    params = options.strategy_params(strategy, fields, max_tokens=max_tokens, **flags)
     sink = None if output is None else output.open("w", encoding="utf-8")
     try:
         llm = options.open_model(model, dtype=dtype, max_model_len=max_model_len)
         inputs = [llm.apply_chat_template([{"role": "user", "content": t}]) if chat else t for t in texts]
         started = time.perf_counter()
-        if len(texts) == 1 and sink is None and not as_json:
+        if len(texts) == params.n == 1 and sink is None and not as_json:
             tokens = _stream_text(llm, inputs[0], params)
         else:
             tokens = _write_lines(llm, inputs, params, sink or sys.stdout)
@@ -111,6 +112,7 @@ def _record(number: int, out: RequestOutput) -> dict[str, object]:
                 "token_ids": completion.token_ids,
                 "finish_reason": completion.finish_reason,
                 "stop_reason": completion.stop_reason,
+                **({} if completion.score is None else {"score": completion.score}),
             }
             for completion in out.outputs
         ],

@@ -19,6 +19,15 @@ TopK = Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 is off
 MinP = Annotated[float, typer.Option(help="Keep tokens this likely relative to the best; 0 is off.")]
 Seed = Annotated[int | None, typer.Option(help="Fixes the random choices.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.")]
+Strategy = Annotated[
+    str | None, typer.Option("--strategy", help="A sampler's name, such as beam; `folo plugins list` has them.")
+]
+Fields = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option", "-O", metavar="FIELD=VALUE", help="Set a field of the strategy's parameters; may be repeated."
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest sequence, in tokens.")]
 
@@ -33,7 +42,14 @@ def open_model(model: str, **options: Any) -> LLM:  # noqa: ANN401 (engine optio
 
 
 def sampling_params(**fields: Any) -> SamplingParams:  # noqa: ANN401 (SamplingParams judges them)
-    """Build parameters from command-line options; what was not given keeps its default."""
+    """Build plain parameters from command-line options; what was not given keeps its default."""
     from folo_core.sampling_params import SamplingParams
 
     return SamplingParams(**{name: value for name, value in fields.items() if value is not None})
+
+
+def strategy_params(strategy: str | None, options: list[str] | None, **flags: Any) -> SamplingParams:  # noqa: ANN401 (as above)
+    """Build the parameters of a strategy chosen by name, or plain ones, from ``FIELD=VALUE`` options and flags."""
+    from folo_core.plugins.strategies import params_from_options
+
+    return params_from_options(strategy, options or [], flags)
