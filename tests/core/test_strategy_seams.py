@@ -1,4 +1,4 @@
-"""What the engine carries for strategies: numbers on rows, held rows, drafts as rows, blocks shared after preemption."""
+"""What the engine carries for strategies: numbers on rows, held rows, drafts as rows, blocks shared again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engines import ObserverPlugin, SamplerPlugin, TreeParams, TreeSampler, assert_clean, greedy, make_engine, run
+from engines import (
+    DeferredExecutor,
+    ObserverPlugin,
+    SamplerPlugin,
+    TreeParams,
+    TreeSampler,
+    assert_clean,
+    greedy,
+    make_engine,
+    run,
+)
 from folo_core.errors import ParamsError
 from folo_core.sampling.interface import SamplerOutput
 from folo_core.sampling_params import RequestOutputKind, SamplingParams
@@ -243,9 +253,12 @@ class Drafter(TreeSampler):
     blocks=st.integers(14, 60),
     budget=st.integers(6, 40),
     steps_stop=st.booleans(),
+    depth=st.integers(1, 3),
     logprobs=st.sampled_from([None, 2]),
 )
-def test_drafts_change_nothing_but_the_number_of_steps(seed, blocks, budget, steps_stop, logprobs):
+def test_drafts_change_nothing_but_the_number_of_steps(  # noqa: PLR0913, PLR0917 (what hypothesis varies)
+    seed, blocks, budget, steps_stop, depth, logprobs
+):
     model = FakeModel()
     sampler = Drafter(model)
     sampler.random.seed(seed)
@@ -255,7 +268,8 @@ def test_drafts_change_nothing_but_the_number_of_steps(seed, blocks, budget, ste
         max_num_batched_tokens=budget,
         max_num_seqs=6,
         max_model_len=44,
-        plugins=[SamplerPlugin(sampler, DraftParams)],
+        plugins=[SamplerPlugin(sampler, DraftParams), DeferredExecutor(depth)],
+        executor="deferred",
     )
     prompts = [[seed % 60, i + 1, 2 * i, 5][: i + 2] for i in range(4)]
     lengths = random.Random(seed).choices(range(1, 40), k=4)
@@ -318,6 +332,36 @@ def test_holding_every_row_is_refused_by_name():
     final = run(engine)
     assert "hold some rows, not all" in str(final["a"].error)
     assert final["b"].outputs[0].token_ids == model.expected_tokens([1, 2], 8)
+
+
+def test_a_request_that_cannot_go_on_ends_alone():
+    class Choosy(FanOut):
+        def step(self, logits: torch.Tensor, metadata: Any) -> SamplerOutput:
+            output = super().step(logits, metadata)
+            late = [name for name, rows in metadata.groups if name == "bad" and metadata.positions[rows[0]] >= 5]
+            kept = torch.tensor([metadata.request_ids[parent] not in late for parent in output.parents.tolist()])
+            errors = {name: ParamsError("width: 3: too wide") for name in [*late, "nobody", "plain"] if late}
+            return SamplerOutput(parents=output.parents[kept], tokens=output.tokens[kept], errors=errors)
+
+    def answers(*names: str) -> dict[str, Any]:
+        engine, _ = make_engine(plugins=[SamplerPlugin(Choosy())])
+        for name in names:
+            params = greedy() if name == "plain" else TreeParams(width=3, max_tokens=8, ignore_eos=True)
+            engine.add_request(name, [1, 2, 3], params)
+        final = run(engine)
+        assert_clean(engine)
+        return final
+
+    final = answers("good", "bad", "plain", "also good")
+    assert str(final["bad"].error) == "width: 3: too wide"
+    assert isinstance(final["bad"].error, ParamsError)
+    assert [c.finish_reason for c in final["bad"].outputs] == ["error"] * 3
+    assert [len(c.token_ids) for c in final["bad"].outputs] == [2] * 3
+    assert final["plain"].error is None, "a sampler speaks for its own requests alone"
+    for name in ("good", "plain", "also good"):
+        assert final[name].error is None
+        alone = answers(name)[name]
+        assert [c.token_ids for c in final[name].outputs] == [c.token_ids for c in alone.outputs]
 
 
 class Scored(FanOut):

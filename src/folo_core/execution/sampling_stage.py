@@ -164,6 +164,9 @@ class SamplingStage:
         mine = sampled.take(rows)
         metadata = self._metadata(mine)
         output = part.part.step(_take(logits, rows), metadata)
+        if output.errors:
+            own = set(metadata.request_ids)
+            result.errors |= {name: error for name, error in output.errors.items() if name in own}
         host = _HostOutput.check(output, metadata, logits.shape[-1])
         raw_rows = [raw.get(row) for row in rows.tolist()] if raw else []
         samples = self._split(host, mine, raw_rows)

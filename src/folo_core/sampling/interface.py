@@ -14,7 +14,7 @@ import attrs
 from folo_core.errors import PluginError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     import torch
 
@@ -82,6 +82,9 @@ class SamplerOutput:
     drafts: torch.Tensor | None = None
     """int64 ``[m, d]``: guesses at the tokens that follow ``tokens``, -1 padded. The next step computes them too and
     offers a row of logits after each; see ``SamplingMetadata.drafts``. The engine may cut them short."""
+    errors: Mapping[str, Exception] | None = None
+    """Requests that cannot go on, by id, and why: each ends in its error, its rows left out, and the others go on.
+    A sampler that raises instead ends all of its requests."""
 
 
 @runtime_checkable
