@@ -13,7 +13,7 @@ from folo_core.config import EngineConfig
 from folo_core.engine.engine import Engine
 from folo_core.plugins import hookimpl
 from folo_core.plugins.manager import load_registry
-from folo_core.plugins.specs import LogitsProcessorSpec, ObserverSpec, SamplerSpec, SchedulerSpec
+from folo_core.plugins.specs import ExecutorSpec, LogitsProcessorSpec, ObserverSpec, SamplerSpec, SchedulerSpec
 from folo_core.sampling.interface import SamplerOutput
 from folo_core.sampling_params import SamplingParams
 from folo_core.testing.fakes import FakeModel, FakePlugin, FakeTokenizer, fake_components
@@ -158,6 +158,41 @@ class SchedulerPlugin:
     @hookimpl
     def folo_schedulers(self) -> list[SchedulerSpec]:
         return [SchedulerSpec(name="test", help="for tests", factory=lambda *_: self.scheduler)]
+
+
+class DeferredExecutor:
+    """Keeps up to ``depth`` steps in flight: a step runs when its result is asked for, or a later one is submitted."""
+
+    __name__ = "deferred"
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+        self.most_in_flight = 0
+
+    def build(self, parts: Any) -> Any:
+        from folo_core.plugins.builtin import _in_process
+
+        self.inner = _in_process(parts)
+        self.inner.max_steps_in_flight = self.depth
+        submit, waiting = self.inner.submit, []
+
+        def defer(scheduled: Any) -> Any:
+            waiting.append(scheduled)
+            self.most_in_flight = max(self.most_in_flight, len(waiting))
+
+            class Handle:
+                def result(self) -> Any:
+                    waiting.remove(scheduled)
+                    return submit(scheduled).result()
+
+            return Handle()
+
+        self.inner.submit = defer
+        return self.inner
+
+    @hookimpl
+    def folo_executors(self) -> list[ExecutorSpec]:
+        return [ExecutorSpec(name="deferred", help="for tests", factory=self.build)]
 
 
 class ObserverPlugin:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from engines import (
+    DeferredExecutor,
     ObserverPlugin,
     SamplerPlugin,
     TreeParams,
@@ -24,8 +25,6 @@ from engines import (
 )
 from folo_core.engine.engine import Engine
 from folo_core.errors import ParamsError, RequestError
-from folo_core.plugins import hookimpl
-from folo_core.plugins.specs import ExecutorSpec
 from folo_core.sampling_params import RequestOutputKind, SamplingParams
 from folo_core.testing.fakes import FAKE_VOCAB, FakeModel, fake_components
 
@@ -541,41 +540,6 @@ def test_a_fake_models_rows_are_really_read_from_blocks() -> None:
     assert final["a"].outputs[0].finish_reason == "error"
     assert "nobody wrote" in str(final["a"].error)
     assert torch.is_tensor(model.table)
-
-
-class DeferredExecutor:
-    """Keeps up to ``depth`` steps in flight: a step runs when its result is asked for, or a later one is submitted."""
-
-    __name__ = "deferred"
-
-    def __init__(self, depth: int) -> None:
-        self.depth = depth
-        self.most_in_flight = 0
-
-    def build(self, parts: Any) -> Any:
-        from folo_core.plugins.builtin import _in_process
-
-        self.inner = _in_process(parts)
-        self.inner.max_steps_in_flight = self.depth
-        submit, waiting = self.inner.submit, []
-
-        def defer(scheduled: Any) -> Any:
-            waiting.append(scheduled)
-            self.most_in_flight = max(self.most_in_flight, len(waiting))
-
-            class Handle:
-                def result(self) -> Any:
-                    waiting.remove(scheduled)
-                    return submit(scheduled).result()
-
-            return Handle()
-
-        self.inner.submit = defer
-        return self.inner
-
-    @hookimpl
-    def folo_executors(self) -> list[ExecutorSpec]:
-        return [ExecutorSpec(name="deferred", help="for tests", factory=self.build)]
 
 
 @pytest.mark.parametrize("depth", [2, 3])
