@@ -53,7 +53,7 @@ def test_plain_strategies_get_what_they_serve_or_say_what_is_asked() -> None:
 
 def test_an_unknown_field_is_named_with_a_suggestion_and_all_that_there_are() -> None:
     with pytest.raises(ParamsError) as caught:
-        params("test", "widht=3", "depth=1")
+        params("test", "widht=3", "zzz=1")
     first, second = caught.value.problems
     assert first.startswith("widht: 3: WideParams has no such field; did you mean 'width'? it has: width, patient, n, ")
     assert "did you mean" not in second
