@@ -168,7 +168,7 @@ def test_parameters_pick_the_sampler_by_class_then_by_type() -> None:
 
 
 def test_a_params_class_nobody_serves_is_refused_by_name() -> None:
-    engine, _ = make_engine()
+    engine, _ = make_engine(block=["folo-best-of"])
     with pytest.raises(ParamsError, match="TreeParams"):
         engine.add_request("a", [1], TreeParams())
     with pytest.raises(ParamsError, match=r"FAN_OUT.*folo-best-of"):
