@@ -12,11 +12,17 @@ from pathlib import Path
 DISTRIBUTIONS = {
     "folo-core": "folo_core",
     "folo-attention": "folo_attention",
+    "folo-beam": "folo_beam",
+    "folo-best-of": "folo_best_of",
     "folo-cli": "folo_cli",
     "folo-demo-model": "folo_demo_model",
+    "folo-guidance": "folo_guidance",
     "folo-hf": "folo_hf",
     "folo-sampling": "folo_sampling",
     "folo-schedulers": "folo_schedulers",
+    "folo-speculative": "folo_speculative",
+    "folo-trace": "folo_trace",
+    "folo-tree-search": "folo_tree_search",
     "folo-third-party-sampler": "folo_third_party_sampler",
 }
 
