@@ -67,6 +67,12 @@ class SamplerTable:
         if names:
             message = f"{asked}: {' and '.join(names)} both serve it: block one with FOLO_BLOCK=PLUGIN"
             raise ParamsError(message)
+        bases = [claim for claim in self.claims if isinstance(claim, type) and isinstance(params, claim)]
+        strategies = [base for base in bases if base not in self.plain]
+        if len(strategies) > 1:
+            kinds = " and ".join(f"{c.__name__} (sampler {', '.join(self.claims[c])})" for c in strategies)
+            message = f"{asked}: it is both {kinds}: strategies cannot be combined: use one of these classes itself"
+            raise ParamsError(message)
         served = sorted(claim.name if isinstance(claim, SamplingType) else claim.__name__ for claim in self.claims)
         message = (
             f"{asked}: no installed sampler serves it (served: {', '.join(served)}); "

@@ -197,6 +197,27 @@ def test_two_samplers_for_one_kind_of_request_are_the_users_to_choose_between() 
     assert run(blocked)["a"].outputs[0].token_ids == model.expected_tokens([1, 2], 8)
 
 
+def test_a_params_class_of_two_strategies_is_refused_with_both_names() -> None:
+    import attrs
+
+    @attrs.frozen(slots=False, kw_only=True)
+    class WideParams(SamplingParams):
+        pass
+
+    @attrs.frozen(slots=False, kw_only=True)
+    class BothParams(TreeParams, WideParams):
+        pass
+
+    wide = SamplerPlugin(TreeSampler(), WideParams)
+    wide.__name__ = "wide"
+    engine, _ = make_engine(plugins=[SamplerPlugin(TreeSampler()), wide])
+    both = r"TreeParams \(sampler test-sampler:test\) and WideParams \(sampler wide:test\): strategies cannot be comb"
+    with pytest.raises(ParamsError, match=both):
+        engine.add_request("a", [1], BothParams())
+    engine.add_request("a", [1], TreeParams(max_tokens=2))
+    engine.add_request("b", [1], WideParams(max_tokens=2))
+
+
 class FailingSampler(SecondGreedy):
     __name__ = "failing-sampler"
 
