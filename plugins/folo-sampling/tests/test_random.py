@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from folo_core.sampling.interface import Distribution
 from folo_core.sampling_params import SamplingParams
 from folo_core.testing.builders import make_metadata, make_request
 from folo_sampling import masks, random
@@ -273,3 +274,38 @@ def test_finish_ranks_what_is_finished():
     sampler.add_request(request)
     assert sampler.finish(request) == []
     sampler.remove_request("r")
+
+
+class TestProbabilities:
+    @pytest.mark.parametrize("vocab_size", [50, 4500])
+    def test_are_the_exact_distributions_and_add_up_to_one(self, vocab_size):
+        logits = torch.stack(
+            [
+                torch.randn(vocab_size, generator=torch.Generator().manual_seed(row)) * 3
+                for row in range(len(COMBINATIONS))
+            ]
+        )
+        params = [
+            SamplingParams(**{**fields, "top_k": min(fields.get("top_k", 0), vocab_size - 1)})
+            for fields in COMBINATIONS
+        ]
+        sampler = RandomSampler(vocab_size, CPU)
+        assert isinstance(sampler, Distribution)
+        found = sampler.probabilities(logits, make_metadata(params, vocab_size=vocab_size))
+        assert found.dtype == torch.float32
+        assert found.shape == logits.shape
+        for row, one in enumerate(params):
+            exact = exact_distribution(logits[row], one)
+            assert torch.allclose(found[row].double(), exact, rtol=1e-4, atol=1e-8)
+            assert not found[row][exact == 0].any(), "a filtered token has no probability at all"
+            alone = sampler.probabilities(logits[row : row + 1].clone(), make_metadata([one], vocab_size=vocab_size))
+            assert torch.equal(alone[0], found[row]), "a row does not depend on its neighbours"
+
+    def test_a_draw_never_leaves_them(self):
+        logits, params = batch(list(range(40)))
+        metadata = make_metadata(params, vocab_size=5000, histories=[[0] * 9] * 40)
+        sampler = RandomSampler(5000, CPU)
+        found = sampler.probabilities(logits, metadata)
+        tokens = sampler.step(logits, metadata).tokens
+        assert (found.gather(1, tokens) > 0).all()
+        assert (found > 0).sum(1).min() < 100 < (found > 0).sum(1).max(), "some rows were filtered, some were not"

@@ -113,6 +113,14 @@ class Sampler(Protocol):
 
 
 @runtime_checkable
+class Distribution(Protocol):
+    """A sampler that can also state what it draws from, for strategies that compare distributions."""
+
+    def probabilities(self, logits: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor:
+        """Return the probabilities that ``step`` draws each row's token by, float32 ``[rows, vocab]``."""
+
+
+@runtime_checkable
 class LogitsProcessor(Protocol):
     """Edits logits before sampling, for the rows whose parameters ask for it.
 

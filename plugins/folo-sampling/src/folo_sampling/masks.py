@@ -73,6 +73,11 @@ def weigh(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
     return logits.double().sub_(logits.amax(1, keepdim=True)).mul_(temperature.reciprocal()).exp_()
 
 
+def whole_(weights: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Round weights in [0, 1] to whole numbers, in place; over a vocabulary they add up to less than 2**53, exactly."""
+    return weights.mul_(2.0 ** (52 - vocab_size.bit_length())).round_()
+
+
 def narrow_(
     logits: torch.Tensor, weights: torch.Tensor, cut: torch.Tensor, filters: Filters, *, nucleus: bool
 ) -> torch.Tensor:

@@ -65,12 +65,14 @@ def folo_samplers() -> tuple[SamplerSpec, ...]:
             help="the most likely token; of equals, the lowest id",
             factory=_greedy,
             sampling_types={SamplingType.GREEDY},
+            capabilities={"greedy-invariant"},
         ),
         SamplerSpec(
             name="random",
             help="a random token after temperature, top-k, top-p and min-p",
             factory=_random,
             sampling_types={SamplingType.RANDOM},
+            capabilities={"greedy-invariant"},
         ),
     )
 

@@ -8,7 +8,7 @@ import torch
 
 from folo_core.sampling.interface import SamplerOutput
 from folo_core.sampling.rng import uniform
-from folo_sampling.masks import SHORT_TOP_K, Filters, largest, narrow_, top_k_cut, weigh
+from folo_sampling.masks import SHORT_TOP_K, Filters, largest, narrow_, top_k_cut, weigh, whole_
 
 if TYPE_CHECKING:
     from folo_core.request import Request
@@ -58,6 +58,17 @@ class RandomSampler:
                 tokens[index] = _draw_whole(logits[index], part, uniforms[index], nucleus=group is nucleus)
         return SamplerOutput(parents=torch.arange(metadata.num_rows, device=logits.device), tokens=tokens[:, None])
 
+    def probabilities(self, logits: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor:
+        """Return the distribution that ``step`` draws each row's token from, float32 ``[rows, vocab_size]``."""
+        filters = Filters.of(metadata, self._vocab_size)
+        found = torch.empty_like(logits)
+        for start in range(0, len(logits), self._chunk):
+            rows = range(start, min(start + self._chunk, len(logits)))
+            index = slice(rows.start, rows.stop)
+            weights = whole_(_weights(logits[index], filters.rows(rows, index), nucleus=True), self._vocab_size)
+            found[index] = weights.div_(weights.sum(1, keepdim=True))
+        return found
+
     def finish(self, request: Request) -> list[Sequence]:
         """Return the finished sequences as they are: there is one."""
         return list(request.finished)
@@ -102,23 +113,27 @@ def _index(rows: list[int], device: torch.device) -> torch.Tensor | slice:
 
 def _draw_whole(logits: torch.Tensor, filters: Filters, uniforms: torch.Tensor, *, nucleus: bool) -> torch.Tensor:
     """Return a token drawn from each whole row, int64 ``[rows]``."""
+    return draw(_weights(logits, filters, nucleus=nucleus), uniforms, logits.shape[1])
+
+
+def _weights(logits: torch.Tensor, filters: Filters, *, nucleus: bool) -> torch.Tensor:
+    """Return each token's probability relative to its row's largest one, float64 ``[rows, vocab_size]``."""
     weights = weigh(logits, filters.temperature)
     narrow_(logits, weights, top_k_cut(logits, filters.top_k), filters, nucleus=nucleus)
-    return draw(weights, uniforms, logits.shape[1])
+    return weights
 
 
 def draw(weights: torch.Tensor, uniforms: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """Return the entry at which the running weight of each row passes its share of the total, int64 ``[rows]``.
 
-    Weights are rounded to whole numbers whose sum over a vocabulary stays below 2**53, so that every sum is exact
-    and therefore the same whichever way it is added up. An entry of weight 0 is never drawn.
+    Weights become whole numbers, whose sums are the same in any order. An entry of weight 0 is never drawn.
 
     Args:
         weights: float64 ``[rows, n]`` in [0, 1], some of them 1; changed in place.
         uniforms: float64 ``[rows, 1]`` in [0, 1).
         vocab_size: sets the unit of the weights, so that part of a row is weighed like the whole row.
     """
-    weights.mul_(2.0 ** (52 - vocab_size.bit_length())).round_()
+    whole_(weights, vocab_size)
     length = weights.shape[1]
     block = length if length <= _SHORT_ROW else _BLOCK
     if length % block:
