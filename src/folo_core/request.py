@@ -29,6 +29,15 @@ class RequestMetrics:
     finished_time: float | None = None
     num_preemptions: int = 0
     num_generated_tokens: int = 0
+    num_draft_tokens: int = 0
+    """Drafted tokens that the model judged."""
+    num_accepted_tokens: int = 0
+    """Those of them that the sampler kept."""
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Share of the drafted tokens that was kept; None without any drafts."""
+        return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else None
 
     @property
     def queue_time(self) -> float | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from engines import ProcessorPlugin, SamplerPlugin, TreeParams, TreeSampler, greedy, make_engine, run
+from engines import ProcessorPlugin, SamplerPlugin, TreeParams, TreeSampler, assert_clean, greedy, make_engine, run
 from folo_core.config import EngineConfig
 from folo_core.engine.engine import Engine
 from folo_core.errors import ConfigError, ModelLoadError, ParamsError, PluginError
@@ -195,6 +195,17 @@ def test_two_samplers_for_one_kind_of_request_are_the_users_to_choose_between() 
     blocked, model = make_engine(plugins=[SecondGreedy()], block=["second-greedy"])
     blocked.add_request("a", [1, 2], greedy())
     assert run(blocked)["a"].outputs[0].token_ids == model.expected_tokens([1, 2], 8)
+
+
+def test_a_request_that_its_sampler_refuses_leaves_nothing_behind() -> None:
+    class Refusing(TreeSampler):
+        def add_request(self, request: Any) -> None:
+            raise ParamsError("width: 4: not today")
+
+    engine, _ = make_engine(plugins=[SamplerPlugin(Refusing())])
+    with pytest.raises(ParamsError, match="not today"):
+        engine.add_request("a", [1], TreeParams())
+    assert_clean(engine)
 
 
 def test_a_params_class_of_two_strategies_is_refused_with_both_names() -> None:

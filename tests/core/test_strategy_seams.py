@@ -314,6 +314,11 @@ def test_drafts_are_proposed_accepted_rejected_and_preempted():
     assert all(len(output.outputs[0].token_ids) == 40 for output in final.values())
     assert sampler.accepted > 50
     assert sampler.rejected > 10
+    for told in (metrics, watch.records):
+        assert sum(t.num_accepted_tokens for t in told) == sampler.accepted
+        assert sum(t.num_draft_tokens for t in told) == sampler.accepted + sampler.rejected
+    assert sum(record.num_sampled for record in watch.records) == 4 * 40
+    assert 0.3 < metrics[0].acceptance_rate < 1
     assert sum(m.num_preemptions for m in metrics) > 0
     # Four requests of 40 tokens: without drafts some step runs for each token of the longest.
     assert max(record.num_tokens for record in watch.records) > 4

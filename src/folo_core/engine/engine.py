@@ -285,6 +285,8 @@ class Engine:
         before = request.live.copy()
         rows = self._reparent(request, sample)
         request.metrics.record_tokens(now, max((len(tokens) for tokens in sample.tokens), default=0))
+        request.metrics.num_draft_tokens += sample.num_drafts
+        request.metrics.num_accepted_tokens += sum(sample.kept)
         for row, sequence in enumerate(rows):
             self._settle_row(sequence, sample, row)
             status = self.outputs.append(request, sequence, sample, row)
@@ -439,7 +441,9 @@ class Engine:
             step=self.step_count,
             num_seqs=len(scheduled.seq_ids),
             num_tokens=scheduled.num_tokens,
-            num_sampled=sum(len(sample.tokens) for sample in result.samples),
+            num_sampled=sum(len(tokens) for sample in result.samples for tokens in sample.tokens),
+            num_draft_tokens=sum(sample.num_drafts for sample in result.samples),
+            num_accepted_tokens=sum(sum(sample.kept) for sample in result.samples),
             num_preempted=len(scheduled.preempted),
             num_waiting=len(self.state.waiting),
             num_running=len(self.state.running),

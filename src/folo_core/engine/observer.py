@@ -18,6 +18,10 @@ class StepRecord:
     """Tokens that ran."""
     num_sampled: int
     """Tokens that were appended."""
+    num_draft_tokens: int = 0
+    """Drafted tokens that were judged."""
+    num_accepted_tokens: int = 0
+    """Those of them that were kept."""
     num_preempted: int
     num_waiting: int
     num_running: int

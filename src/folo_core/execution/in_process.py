@@ -36,8 +36,8 @@ class InProcessExecutor:
 
     def add_request(self, request: Request) -> None:
         """Make a request known to the runner and to its sampler."""
+        self.runner.stage.samplers[request.sampler].part.add_request(request)  # may refuse it
         self.runner.requests[request.request_id] = request
-        self.runner.stage.samplers[request.sampler].part.add_request(request)
 
     def submit(self, scheduled: SchedulerOutput) -> FinishedStep:
         """Run the step now."""

@@ -97,6 +97,8 @@ class RequestSample:
     """What each new row appends: drafted tokens that it keeps, then the sampler's own."""
     kept: list[int]
     """How many of these are drafted tokens."""
+    num_drafts: int = 0
+    """How many drafted tokens of the request were judged."""
     logprobs: list[list[Candidates]] | None = None
     """For each new row, the candidates that the request asked for, at every kept draft and the first new token."""
     finished: list[bool] | None = None

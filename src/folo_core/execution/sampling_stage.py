@@ -5,6 +5,7 @@ A fault stays with the requests it belongs to: their rows leave the batch, the o
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -209,12 +210,17 @@ class SamplingStage:
         sequences = (np.cumsum(rows.offsets == 0) - 1).tolist()
         firsts = {request_id: sequences[row] for row, request_id in reversed(list(enumerate(request_ids)))}
         parents = [sequences[row] for row in host.parents.tolist()]
+        drafted = np.where(rows.offsets == 0, rows.drafted, 0)
+        num_drafts: Counter[str] = Counter()
+        for row in drafted.nonzero()[0].tolist():
+            num_drafts[request_ids[row]] += int(drafted[row])
         return [
             RequestSample(
                 request_id,
                 parents=[parents[child] - firsts[request_id] for child in mine],
                 tokens=[tokens[child] for child in mine],
                 kept=[len(kept[child]) for child in mine],
+                num_drafts=num_drafts[request_id],
                 logprobs=[candidates[child] for child in mine] if mine and mine[0] in candidates else None,
                 **host.columns(mine),
             )
