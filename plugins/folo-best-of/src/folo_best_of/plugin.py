@@ -27,12 +27,14 @@ def folo_samplers() -> tuple[SamplerSpec, ...]:
             name="fan-out",
             help="n and best_of: several random answers that share the prompt, the most likely ones returned",
             factory=_best_of,
+            capabilities={"forks"},
             sampling_types={SamplingType.FAN_OUT},
         ),
         SamplerSpec(
             name="best-of",
             help="the same, ranked by a length-normalised log probability if so chosen",
             factory=_best_of,
+            capabilities={"forks"},
             params_type=BestOfParams,
         ),
     )
