@@ -1,0 +1,25 @@
+"""The hooks of folo-beam. Importing this module imports no torch; the factory does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from folo_beam.params import BeamParams
+from folo_core.plugins import hookimpl
+from folo_core.plugins.specs import SamplerSpec
+
+if TYPE_CHECKING:
+    from folo_core.sampling.interface import Sampler, SamplerContext
+
+
+def _beam(context: SamplerContext) -> Sampler:
+    from folo_beam.sampler import BeamSampler
+
+    return BeamSampler(context.tokenizer)
+
+
+@hookimpl
+def folo_samplers() -> tuple[SamplerSpec, ...]:
+    """Offer beam search, picked by BeamParams."""
+    text = "beam search: plain, diverse (groups) and constrained (phrases that must appear)"
+    return (SamplerSpec(name="beam", help=text, factory=_beam, params_type=BeamParams),)
