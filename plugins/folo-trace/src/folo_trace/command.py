@@ -107,8 +107,8 @@ def record(llm: LLM, recorder: Recorder, prompt: str, params: SamplingParams, *,
 
 def _given(params: SamplingParams) -> set[str]:
     """Name the fields that differ from their defaults, and those that are the strategy's own."""
-    common = set(given_fields(SamplingParams))
-    fields = [f for f in given_fields(type(params)) if f not in common or getattr(params, f.name) != default_of(f)]
+    common = {field.name for field in given_fields(SamplingParams)}
+    fields = [f for f in given_fields(type(params)) if f.name not in common or getattr(params, f.name) != default_of(f)]
     return {field.alias or field.name for field in fields}
 
 

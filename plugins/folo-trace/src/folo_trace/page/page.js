@@ -31,6 +31,7 @@ function fill(element, attributes, children) {
 }
 
 const number = (value, digits = 2) => (value === null || value === undefined ? "–" : value.toFixed(digits).replace("-", "−"));
+const figure = (value) => number(value, Math.abs(value ?? 0) < 10 ? 3 : 2);
 const count = (value, one, many = `${one}s`) => `${value} ${value === 1 ? one : many}`;
 
 function percent(logprob) {
@@ -90,6 +91,14 @@ for (const node of [...nodes].reverse()) {
 if (![...kept.values()].some(Boolean)) for (const node of nodes) kept.set(node.id, true);
 for (const below of children.values()) {
   below.sort((a, b) => best.get(a) - best.get(b) || kept.get(b) - kept.get(a) || deepest.get(b) - deepest.get(a) || a - b);
+}
+
+// Where each node comes when the tree is read lane by lane: rows in this order have what they share side by side.
+const order = new Map();
+for (const stack = [...children.get(ROOT)].reverse(); stack.length;) {
+  const id = stack.pop();
+  order.set(id, order.size);
+  stack.push(...[...children.get(id)].reverse());
 }
 
 function pathTo(id) {
@@ -171,7 +180,7 @@ function layForest(depthCount) {
 }
 
 function badgeOf(node) {
-  if (node.answer !== null) return { rank: `#${node.answer + 1}`, score: number(answers[node.answer].score ?? answers[node.answer].cumulative_logprob) };
+  if (node.answer !== null) return { rank: `#${node.answer + 1}`, score: figure(answers[node.answer].score ?? answers[node.answer].cumulative_logprob) };
   if (node.status === "ended") return { rank: "■", score: node.reason, other: true };
   return null;
 }
@@ -238,8 +247,6 @@ function layOut() {
   const placed = layForest(depthCount);
   const { spans, width: wide } = measure(ids, depthCount);
   const spanOf = []; for (const span of spans) for (let d = span.from; d <= span.to; d++) spanOf[d] = span;
-  const laneOf = new Map();
-  for (const [chain, lane] of placed) for (const id of chain.nodes) laneOf.set(id, lane);
   const boxes = [], boxOf = new Map();
   for (const [chain, lane] of placed) {
     let last = null;
@@ -252,7 +259,7 @@ function layOut() {
     }
   }
   const lanes = boxes.reduce((most, box) => Math.max(most, box.lane + 1), 0);
-  return { boxes, boxOf, spans, laneOf, width: wide, height: TOP + 8 + lanes * LANE + 8 };
+  return { boxes, boxOf, spans, width: wide, height: TOP + 8 + lanes * LANE + 8 };
 }
 
 // ------------------------------------------------------------------------------------------------ drawing it
@@ -415,6 +422,7 @@ function goTo(step, keepUp = true) {
 
 function showStep() {
   byId("step").value = state.step;
+  byId("step").style.setProperty("--at", `${100 * state.step / Math.max(1, steps.length)}%`);
   byId("step-value").textContent = `step ${state.step} of ${steps.length}`;
   const cursor = byId("chart").querySelector(".cursor");
   if (cursor) { const x = chartX(state.step); cursor.setAttribute("x1", x); cursor.setAttribute("x2", x); }
@@ -464,7 +472,7 @@ function showBlocks(focus) {
   title.textContent = step ? `KV blocks after step ${step.step}` : "KV blocks";
   if (!step) { host.replaceChildren(make("p", { class: "note" }, "No sequence went on after any step.")); return; }
   if (step.step < wanted) title.textContent += `; all were returned in step ${wanted}`;
-  const rows = [...step.rows].sort((a, b) => (view.laneOf.get(a.node) ?? 1e9) - (view.laneOf.get(b.node) ?? 1e9));
+  const rows = [...step.rows].sort((a, b) => order.get(a.node) - order.get(b.node));
   const shares = new Map();
   for (const row of rows) for (const block of row.blocks) shares.set(block, (shares.get(block) ?? 0) + 1);
   const skipped = commonBlocks(rows);
