@@ -28,7 +28,8 @@ class Site:
         info = self.path / f"{module}-{version}.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nSummary: About {name}.\n", encoding="utf-8"
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nSummary: About {name}.\n\n# {name}\n",
+            encoding="utf-8",
         )
         lines = [f"{key} = {value}" for key, value in (entries or {name: module}).items()]
         text = entry_points if entry_points is not None else "\n".join(["[folo]", *lines, ""])

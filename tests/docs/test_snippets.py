@@ -85,7 +85,8 @@ def install(folder: Path, pyproject: dict) -> None:
     """Write what pip would: the metadata of a distribution with these entry points."""
     info = folder / "page-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: page\nVersion: 1.0\n", encoding="utf-8")
+    about = "Metadata-Version: 2.1\nName: page\nVersion: 1.0\nSummary: A page.\n\n# page\n"
+    (info / "METADATA").write_text(about, encoding="utf-8")
     lines = []
     for group, entries in pyproject["project"]["entry-points"].items():
         lines += [f"[{group}]", *(f"{key} = {value}" for key, value in entries.items())]

@@ -12,7 +12,7 @@ import attrs
 from folo_core.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from folo_core.sampling_params import SamplingType
@@ -41,7 +41,8 @@ class Spec:
     """One line for ``folo plugins list``."""
     api_version: int = API_VERSION
     capabilities: frozenset[str] = attrs.field(factory=frozenset, converter=_as_flags)
-    """Flags that the conformance kit and ``folo plugins show`` read."""
+    """Flags that the conformance kit and ``folo plugins show`` read. A sampler's are listed in
+    ``folo_core.testing.capabilities``."""
 
 
 @attrs.frozen(kw_only=True)
@@ -54,6 +55,8 @@ class SamplerSpec(Spec):
     """The strategy's own parameters: ``SamplingParams`` or a subclass of it."""
     sampling_types: frozenset[SamplingType] = attrs.field(factory=frozenset, converter=_as_sampling_types)
     """For samplers of plain SamplingParams: which sampling types they serve. Empty for a params class of its own."""
+    examples: Callable[[], Sequence[SamplingParams]] | None = None
+    """Parameters that show what the strategy can do, for the conformance kit to try besides the defaults."""
 
 
 @attrs.frozen(kw_only=True)
@@ -117,6 +120,8 @@ class LogitsProcessorSpec(Spec):
     installed processor serves is refused rather than answered as if it had not."""
     params_type: type[SamplingParams] = SamplingParams
     """The class whose fields the processor reads, for ``folo plugins show``; any sampler may serve it."""
+    examples: Callable[[], Sequence[SamplingParams]] | None = None
+    """Parameters that make the processor apply, for the conformance kit to try."""
 
 
 @attrs.frozen(kw_only=True)

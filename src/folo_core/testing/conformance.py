@@ -1,4 +1,7 @@
-"""Conformance checks that a plugin's author runs unchanged: subclass, name the part, and let pytest collect it.
+"""Conformance checks that a plugin's author runs unchanged.
+
+``pytest --folo-conformance folo-dice:dice`` runs them on an installed part without a test file. In a test file,
+subclass, name the part, and let pytest collect it:
 
     from folo_core.testing.conformance import PluginConformance, SamplerConformance
 
@@ -16,9 +19,7 @@ remains for the author's own tests.
 from __future__ import annotations
 
 import ast
-import functools
 import importlib.util
-import random
 import subprocess
 import sys
 from importlib import metadata as importlib_metadata
@@ -29,20 +30,29 @@ import attrs
 import pytest
 import torch
 
-from folo_core.errors import ParamsError
 from folo_core.kv_cache.manager import KVCacheManager
-from folo_core.plugins.fields import own_fields
 from folo_core.plugins.hookspecs import PROJECT
-from folo_core.plugins.manager import load_registry
-from folo_core.sampling.interface import LogitsProcessor, Sampler
+from folo_core.sampling.interface import LogitsProcessor
 from folo_core.sampling_params import SamplingParams
 from folo_core.scheduling.interface import Scheduler, SchedulerState, StepBudget
 from folo_core.scheduling.queue import RequestQueue
-from folo_core.testing.builders import logits_of, make_context, make_metadata, make_request
-from folo_core.testing.harness import SamplerHarness, require
+from folo_core.testing.builders import logits_of, make_metadata, make_request
+from folo_core.testing.harness import require
+from folo_core.testing.installed import Installed, PartConformance
+from folo_core.testing.sampler_conformance import SamplerConformance
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from folo_core.plugins.registry import Part, Registry
+
+__all__ = [
+    "SUITES",
+    "LogitsProcessorConformance",
+    "PluginConformance",
+    "SamplerConformance",
+    "SchedulerConformance",
+]
 
 HEAVY = ("torch", "transformers", "triton", "ray")
 """Modules that an entry point must not import."""
@@ -51,31 +61,7 @@ FORBIDDEN = ("pickle", "cloudpickle", "dill", "marshal", "shelve")
 _HELP_LENGTH = 120
 
 
-class _Installed:
-    """What every check starts from: the plugin as it is installed."""
-
-    plugin: ClassVar[str]
-    """The entry point's name."""
-
-    @pytest.fixture
-    def registry(self) -> Registry:
-        """All installed plugins, with this one loaded even where autoload is off."""
-        return _load(self.plugin)
-
-
-class _PartConformance(_Installed):
-    kind: ClassVar[str]
-    name: ClassVar[str]
-    """The part's bare name."""
-    vocab_size: ClassVar[int] = 37
-
-    @pytest.fixture
-    def part(self, registry: Registry) -> Part:
-        """The part under test."""
-        return registry.get(self.kind, f"{self.plugin}:{self.name}")
-
-
-class PluginConformance(_Installed):
+class PluginConformance(Installed):
     """A plugin as a whole: it loads, it is light, it is described, and it runs no code from data."""
 
     def test_every_part_is_described(self, registry: Registry) -> None:
@@ -98,6 +84,16 @@ class PluginConformance(_Installed):
                     function = getattr(plugin.plugin_object, caller.name)
                     require((function.__doc__ or "").strip(), f"{caller.name}: add a docstring")
 
+    def test_distribution_has_a_readme(self) -> None:
+        """Whoever finds the distribution in an index reads what it is: a summary and a long description."""
+        for entry in importlib_metadata.entry_points(group=PROJECT, name=self.plugin):
+            require(entry.dist is not None, f"{self.plugin}: belongs to no distribution")
+            about = importlib_metadata.metadata(entry.dist.name).json if entry.dist else {}
+            for field, line in (("summary", 'description = "..."'), ("description", 'readme = "README.md"')):
+                text = about.get(field)
+                named = f"{about.get('name')}: its metadata has no {field}: add {line} under [project]"
+                require(isinstance(text, str) and text.strip(), named)
+
     def test_import_is_light(self) -> None:
         """The entry point's module leaves heavy modules to the factories."""
         code = (
@@ -119,117 +115,17 @@ class PluginConformance(_Installed):
         require(not problems, "; ".join(problems))
 
 
-class SamplerConformance(_PartConformance):
-    """A sampler keeps the contract of ``folo_core.sampling.interface.Sampler`` over whole lives of requests."""
-
-    kind: ClassVar[str] = "samplers"
-    steps: ClassVar[int] = 6
-
-    def params(self, part: Part) -> list[SamplingParams]:
-        """Parameters to try, one request each; override to try more than the defaults."""
-        return [part.spec.params_type()] * 4
-
-    def build(self, part: Part) -> Sampler:
-        """A fresh sampler."""
-        sampler: Sampler = part.build(make_context(vocab_size=self.vocab_size))
-        return sampler
-
-    def outputs(self, part: Part, numbers: list[int], **harness: Any) -> dict[str, list[list[int]]]:  # noqa: ANN401
-        """Run the requests with these numbers together, in this order, in a fresh sampler."""
-        params = self.params(part)
-        requests = [make_request(f"r{n}", params[n], prompt=range(1, 2 + n)) for n in numbers]
-        return SamplerHarness(self.build(part), self.vocab_size, **harness).run(requests, self.steps)
-
-    def test_params_are_sound(self, part: Part) -> None:
-        """A params class of the strategy's own is frozen, documented, has defaults and refuses wrong types and NaN."""
-        params_type = part.spec.params_type
-        require(issubclass(params_type, SamplingParams), f"{params_type.__name__}: must subclass SamplingParams")
-        own = own_fields(params_type)
-        require((params_type.__doc__ or "").strip(), f"{params_type.__name__}: add a docstring")
-        for field in own:
-            where = f"{params_type.__name__}.{field['name']}"
-            require(not field["required"], f"{where}: give it a default")
-            require(field["doc"], f"{where}: put a docstring under it")
-            for nonsense in (object(), float("nan")):
-                with pytest.raises(ParamsError, match=field["name"]):
-                    params_type(**{field["name"]: nonsense})
-        with pytest.raises(attrs.exceptions.FrozenInstanceError):
-            params_type().temperature = 0.5
-
-    def test_is_a_sampler(self, part: Part) -> None:
-        """The factory returns an object with the four methods."""
-        require(isinstance(self.build(part), Sampler), "the factory's result lacks a method of Sampler")
-
-    def test_outputs_have_the_right_shape(self, part: Part) -> None:
-        """Every step's tensors keep the contract, and each request gets at least one answer that grew."""
-        outputs = self.outputs(part, list(range(len(self.params(part)))))
-        for name, answers in outputs.items():
-            require(answers and any(answers), f"{name}: no answer with a token after {self.steps} steps: {answers}")
-
-    def test_same_seed_gives_the_same_tokens(self, part: Part) -> None:
-        """Two fresh samplers agree."""
-        numbers = list(range(len(self.params(part))))
-        require(self.outputs(part, numbers) == self.outputs(part, numbers), "two runs with the same seeds differ")
-
-    def test_neighbours_do_not_matter(self, part: Part) -> None:
-        """A request gets the same tokens alone as in a batch."""
-        numbers = list(range(len(self.params(part))))
-        together = self.outputs(part, numbers)
-        alone = {name: tokens for n in numbers for name, tokens in self.outputs(part, [n]).items()}
-        require(together == alone, f"alone {alone}, in one batch {together}: a row reads its neighbours")
-
-    def test_order_does_not_matter(self, part: Part) -> None:
-        """A request gets the same tokens wherever its rows stand."""
-        numbers = list(range(len(self.params(part))))
-        shuffled = random.Random(7).sample(numbers, len(numbers))  # noqa: S311 (a shuffle)
-        for order in (numbers[::-1], shuffled):
-            require(self.outputs(part, numbers) == self.outputs(part, order), f"order {order} changes tokens")
-
-    def test_late_arrival_does_not_matter(self, part: Part) -> None:
-        """A request that joins a running batch gets the tokens it gets alone."""
-        params = self.params(part)
-        harness = SamplerHarness(self.build(part), self.vocab_size)
-        early, late = make_request("early", params[0]), make_request("late", params[-1])
-        harness.add(early)
-        harness.step()
-        harness.add(late)
-        for _ in range(self.steps):
-            harness.step()
-        harness.end(early)
-        expected = SamplerHarness(self.build(part), self.vocab_size).run([make_request("late", params[-1])], self.steps)
-        require(harness.end(late) == expected["late"], "joining a running batch changes tokens")
-
-    def test_masked_tokens_are_never_chosen(self, part: Part) -> None:
-        """A token whose logit is -inf has probability 0."""
-
-        def odd_masked(history: Any, vocab_size: int) -> torch.Tensor:  # noqa: ANN401
-            logits = logits_of(history, vocab_size)
-            logits[1::2] = -torch.inf
-            return logits
-
-        outputs = self.outputs(part, list(range(len(self.params(part)))), logits_of=odd_masked)
-        chosen = {token for answers in outputs.values() for answer in answers for token in answer}
-        require(chosen and all(token % 2 == 0 for token in chosen), f"masked tokens were chosen: {sorted(chosen)}")
-
-    def test_ended_requests_leave_no_state(self, part: Part) -> None:
-        """After ``remove_request`` nothing is kept under the request's id, and the id can come again."""
-        sampler = self.build(part)
-        params = self.params(part)[0]
-        first = SamplerHarness(sampler, self.vocab_size).run([make_request("again", params)], self.steps)
-        kept = [name for name, value in _state(sampler) if isinstance(value, dict | set | list) and "again" in value]
-        require(not kept, f"after remove_request the id is still in {', '.join(kept)}")
-        second = SamplerHarness(sampler, self.vocab_size).run([make_request("again", params)], self.steps)
-        require(first == second, "the same request gives other tokens the second time")
-
-
-class LogitsProcessorConformance(_PartConformance):
+class LogitsProcessorConformance(PartConformance):
     """A logits processor keeps its declarations and treats each row by itself."""
 
     kind: ClassVar[str] = "logits_processors"
 
     def params(self) -> list[SamplingParams]:
-        """Parameters that make the processor apply, one row each."""
-        raise NotImplementedError
+        """Parameters that make the processor apply, one row each; by default the spec's ``examples``."""
+        examples = self.find().spec.examples
+        if examples is None:
+            pytest.skip("its spec has no examples: parameters that make the processor apply")
+        return list(examples())
 
     def build(self, part: Part) -> LogitsProcessor:
         """A fresh processor."""
@@ -288,7 +184,7 @@ class LogitsProcessorConformance(_PartConformance):
             require(torch.equal(edited.argmax(-1), before.argmax(-1)), "argmax_invariant, but the argmax changed")
 
 
-class SchedulerConformance(_PartConformance):
+class SchedulerConformance(PartConformance):
     """A scheduler keeps its budget and finishes everything, though memory is short."""
 
     kind: ClassVar[str] = "schedulers"
@@ -355,14 +251,10 @@ class SchedulerConformance(_PartConformance):
                     state.running.remove(request)
 
 
-@functools.cache
-def _load(plugin: str) -> Registry:
-    registry = load_registry(extra=[plugin])
-    problems = [str(broken) for broken in registry.broken if broken.name == plugin]
-    require(not problems, "\n".join(problems))
-    names = [loaded.name for loaded in registry.plugins]
-    require(plugin in names, f"plugin {plugin!r} is not installed; installed: {', '.join(names)}")
-    return registry
+SUITES: Mapping[str, type[PartConformance]] = {
+    suite.kind: suite for suite in (SamplerConformance, LogitsProcessorConformance, SchedulerConformance)
+}
+"""Kind of part to the suite that judges it; other kinds are judged as part of their plugin only."""
 
 
 def _sources(plugin: str) -> list[Path]:
@@ -395,10 +287,3 @@ def _dangers(path: Path) -> list[tuple[int, str]]:
 
 def _is_false(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and node.value is False
-
-
-def _state(part: object) -> list[tuple[str, object]]:
-    """Names and values of an object's attributes, slotted or not."""
-    slots = {name for cls in type(part).__mro__ for name in getattr(cls, "__slots__", ())}
-    names = slots | set(getattr(part, "__dict__", ()))
-    return [(name, getattr(part, name)) for name in sorted(names) if hasattr(part, name)]

@@ -20,10 +20,14 @@ if TYPE_CHECKING:
     from folo_core.sequence import Sequence as TokenSequence
 
 
+class ConformanceError(AssertionError):
+    """A part does not keep its contract; the message says how."""
+
+
 def require(condition: object, message: str) -> None:
     """Assert with a message that says what the contract wants; works under ``python -O`` too."""
     if not condition:
-        raise AssertionError(message)
+        raise ConformanceError(message)
 
 
 def check_sampler_output(output: SamplerOutput, metadata: SamplingMetadata, vocab_size: int) -> None:
