@@ -376,7 +376,10 @@ class Engine:
         return self._release(sequence)
 
     def _release(self, sequence: Sequence) -> list[int]:
-        self._released.append(sequence.seq_id)
+        forks = [fork for fork in self._forks if fork.child_id != sequence.seq_id]
+        if len(forks) == len(self._forks):
+            self._released.append(sequence.seq_id)
+        self._forks = forks  # a fork that ends at once never was the executor's: it takes no place there
         return self.state.kv.release(sequence)
 
     def _end_early(
