@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -124,7 +125,7 @@ def browse(tmp_path: Path, page: str, fragment: str = "", size: str = "1280,800"
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--dump-dom"]
     assert BROWSER is not None
     command = [BROWSER, *options, f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={size}",
-               "--virtual-time-budget=2000", f"{file.as_uri()}#{fragment}"]  # fmt: skip
+               "--virtual-time-budget=12000", f"{file.as_uri()}#{fragment}"]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, encoding="utf-8")
     return result.stdout, result.stderr
 
@@ -181,3 +182,49 @@ def test_a_strange_address_does_no_harm(fragment: str, tmp_path: Path) -> None:
     document, said = browse(tmp_path, render(json.loads(trace("small"))), fragment)
     assert 'data-ready="1"' in document
     assert console(said) == []
+
+
+ACTIONS = """
+<script>
+addEventListener("load", () => {
+  const seen = [], note = () => seen.push([state.step, state.node, document.querySelectorAll("#tree .node").length]);
+  const click = (element) => element.dispatchEvent(new MouseEvent("click", { bubbles: true }));
+  const press = (element, key) => element.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+  note();
+  click(byId("fold")); note();
+  click(document.querySelector("#tree .more")); note();
+  press(byId("tree"), "ArrowRight"); note();
+  press(byId("tree"), "ArrowRight"); note();
+  press(document.activeElement, "Escape"); note();
+  byId("step").value = 2; byId("step").dispatchEvent(new Event("input")); note();
+  document.querySelector("#tree .node").dispatchEvent(new Event("pointerenter"));
+  [...document.querySelectorAll("#blocks .cell")].at(-1).dispatchEvent(new Event("pointerenter"));
+  const marked = (selector) => document.querySelectorAll(selector).length;
+  seen.push([marked(".node.held"), marked(".cell.same"), location.hash]);
+  click(byId("theme"));
+  press(document.body, " ");
+  setTimeout(() => { root.dataset.seen = JSON.stringify([...seen, [state.step, state.playing]]); }, 9000);
+});
+</script>
+</body>"""
+
+
+@needs_browser
+def test_it_answers_clicks_keys_and_pointers(tmp_path: Path) -> None:
+    run = json.loads(trace("small"))
+    page = render(run).replace("</body>", ACTIONS)
+    document, said = browse(tmp_path, page)
+    assert console(said) == []
+    (found,) = re.findall(r'data-seen="([^"]*)"', document)
+    start, folded, opened, first, second, released, stepped, marked, played = json.loads(html.unescape(found))
+    total = len(run["nodes"])
+    assert start == [len(run["steps"]), None, total]
+    assert folded[2] < opened[2] <= total, "dead branches fold away and open again"
+    assert first[1] is not None
+    assert run["nodes"][second[1]]["parent"] == first[1], "an arrow key goes to the child"
+    assert released[1] is None
+    assert stepped[0] == 2
+    assert marked[0] >= 1, "the tokens that a block holds"
+    assert marked[1] >= 1, "the rows that share a block"
+    assert marked[2] == "#step=2"
+    assert played == [len(run["steps"]), None], "it plays to the end and stops"

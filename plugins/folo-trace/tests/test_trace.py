@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
+import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +16,7 @@ from engines import SamplerPlugin, TreeParams, TreeSampler, greedy, make_llm
 from folo_core.errors import FoloError
 from folo_core.sampling.interface import SamplerOutput
 from folo_core.testing.fakes import FakeModel
+from folo_core.validation import rule
 from folo_trace.command import record
 from folo_trace.recorder import Recorder
 from folo_trace.tree import ROOT, path_to
@@ -183,6 +186,32 @@ def test_a_request_that_fails_raises_its_own_error() -> None:
     model.edit_logits = lambda logits, _: logits * float("nan")
     with pytest.raises(FoloError, match="cannot be sampled"):
         record(make_llm(model, plugins=[recorder]), recorder, "abc", greedy())
+
+
+class Judge(Jumper):
+    """Scores that JSON has no number for."""
+
+    def step(self, logits: Any, metadata: Any) -> SamplerOutput:
+        import torch
+
+        scores = torch.tensor([float("-inf")] * len(logits))
+        tokens = logits.argmax(-1, keepdim=True)
+        stated = torch.full_like(scores, float("nan"))[:, None]
+        return SamplerOutput(parents=torch.arange(len(logits)), tokens=tokens, scores=scores, logprobs=stated)
+
+
+@attrs.frozen(slots=True, kw_only=True)
+class JudgedParams(TreeParams):
+    scorer: Callable[..., float] = attrs.field(default=max, metadata=rule(callable, "must be a function"))
+
+
+def test_what_json_cannot_say_is_null_or_a_name() -> None:
+    recorder = Recorder()
+    llm = make_llm(plugins=[recorder, SamplerPlugin(Judge(), JudgedParams)])
+    run = record(llm, recorder, "abc", JudgedParams(width=1, max_tokens=3, scorer=tokens_of))
+    assert json.loads(json.dumps(run, allow_nan=False)) == run
+    assert {node["score"] for node in run["nodes"]} == {None}
+    assert run["params"]["scorer"] == "tokens_of"
 
 
 def test_an_engine_without_a_recorder_observes_no_branches() -> None:

@@ -117,7 +117,7 @@ def _with_alternatives(params: SamplingParams) -> SamplingParams:
 
 
 def _dump(run: dict[str, Any]) -> str:
-    return json.dumps(run, ensure_ascii=False, separators=(",", ":")) + "\n"
+    return json.dumps(run, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
 
 
 def _in_words(summary: dict[str, int]) -> str:

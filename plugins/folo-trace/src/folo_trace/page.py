@@ -38,7 +38,7 @@ def _split(page: str, marks: list[str]) -> list[str]:
 
 def embed(value: object) -> str:
     """Return JSON that may stand inside a script element."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

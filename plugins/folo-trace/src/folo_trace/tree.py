@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from folo_core.engine.detokenizer import Detokenizer
@@ -36,6 +38,7 @@ class Node(TypedDict):
     text: str
     """What it added to the text; empty while a character is unfinished."""
     logprob: float | None
+    """As the strategy counts it, or else the answer's own; null where nobody knows it, or it is not finite."""
     score: float
     """What the strategy ranked its row by after the step."""
     status: str
@@ -208,17 +211,31 @@ def build_trace(
     for record in records:
         growth.add(record)
     answers = [_answer(growth.nodes, place, completion) for place, completion in enumerate(output.outputs)]
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        **(about or {}),
-        "block_size": block_size,
-        "prompt": {"text": _prompt_text(output, tokenizer), "token_ids": list(prompt)},
-        "answers": answers,
-        "summary": _summary(growth, answers),
-        "nodes": growth.nodes,
-        "steps": growth.steps,
-    }
+    trace: dict[str, Any] = _plain(
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            **(about or {}),
+            "block_size": block_size,
+            "prompt": {"text": _prompt_text(output, tokenizer), "token_ids": list(prompt)},
+            "answers": answers,
+            "summary": _summary(growth, answers),
+            "nodes": growth.nodes,
+            "steps": growth.steps,
+        }
+    )
+    return trace
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 (any JSON-like value)
+    """Copy what JSON has; a number that it has not (an infinite score) is null, a function is its name."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (str, int)) else getattr(value, "__qualname__", repr(value))
 
 
 def _prompt_text(output: RequestOutput, tokenizer: Tokenizer | None) -> str:

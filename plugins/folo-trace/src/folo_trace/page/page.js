@@ -5,7 +5,7 @@ addEventListener("error", (event) => { root.dataset.error = event.message; });
 
 const SVG = "http://www.w3.org/2000/svg";
 const ROOT = -1, LANE = 27, BOX = 20, TOP = 24, GAP = 16, LEFT = 14;
-const LONG_RUN = 4, MANY_LEAVES = 30, LEAST_RUN_WIDTH = 200, MOST_TOKEN_WIDTH = 150;
+const LONG_RUN = 4, MANY_LEAVES = 30, LEAST_RUN_WIDTH = 140, MOST_TOKEN_WIDTH = 150;
 const run = JSON.parse(document.getElementById("trace").textContent);
 const { nodes, steps, answers, summary } = run;
 const promptLength = run.prompt.token_ids.length;
@@ -530,7 +530,7 @@ function markBlock(block) {
 function drawAnswers() {
   byId("answers").replaceChildren(...answers.map((answer, i) => {
     const facts = [answer.score !== null ? `score ${number(answer.score, 3)}` : null, answer.cumulative_logprob !== null ? `logprob ${number(answer.cumulative_logprob)}` : null, count(answer.num_tokens, "token"), answer.finish_reason];
-    const button = make("button", { type: "button" }, make("span", { class: "rank" }, `#${i + 1}`), make("span", { class: "text" }, answer.text.replace(/^ /, "") || "(no text)"), make("span", { class: "facts" }, facts.filter(Boolean).join(" · ")));
+    const button = make("button", { type: "button" }, make("span", { class: "rank" }, `#${i + 1}`), make("span", { class: "text" }, answer.text.trim() || "(no text)"), make("span", { class: "facts" }, facts.filter(Boolean).join(" · ")));
     button.addEventListener("click", () => { if (answer.node !== ROOT) choose(answer.node); });
     return make("li", {}, button);
   }));
@@ -571,7 +571,8 @@ function drawHeader() {
   document.title = `Folo trace: ${run.prompt.text.slice(0, 60)}`;
   byId("prompt").textContent = run.prompt.text || `${promptLength} prompt tokens`;
   byId("strategy").textContent = [run.strategy, run.model].filter(Boolean).join(" · ");
-  const params = Object.entries(run.params ?? {}).map(([name, value]) => `${name} = ${JSON.stringify(value)}`);
+  const said = Object.entries(run.params ?? {}).filter(([, value]) => value !== null && !(Array.isArray(value) && !value.length));
+  const params = said.map(([name, value]) => `${name} = ${JSON.stringify(value)}`);
   byId("params").replaceChildren(...params.map((text) => make("li", { class: "mono" }, text)));
   const ratio = summary.peak_blocks_separate / Math.max(1, summary.peak_blocks);
   const cards = [
