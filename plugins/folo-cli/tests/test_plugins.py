@@ -254,8 +254,25 @@ def test_every_kind_of_new_plugin_works_and_passes_its_own_tests(tmp_path, site)
     arguments = ["-q", "-p", "no:cacheprovider", "--import-mode=importlib", *folders]
     done = site.run(f"import sys, pytest; sys.exit(pytest.main({arguments!r}))", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "33 passed" in done.stdout
+    assert "72 passed, 1 skipped" in done.stdout
     assert "warning" not in done.stdout
+
+
+def test_a_new_plugin_passes_the_kit_from_an_empty_folder(tmp_path, site):
+    (tmp_path / "empty").mkdir()
+    options = []
+    for kind in (Kind.SAMPLER, Kind.STRATEGY, Kind.LOGITS_PROCESSOR):
+        name = f"acme-kit-{kind.value}"
+        package = name.replace("-", "_")
+        project, _ = create_plugin(name, kind, tmp_path)
+        site.install(name, None, entries={name: f"{package}.plugin"})
+        (site.path / package).symlink_to(project / "src" / package)
+        options += ["--folo-conformance", name]
+    arguments = ["-q", "-p", "no:cacheprovider", *options]
+    code = f"import os, sys, pytest; os.chdir({str(tmp_path / 'empty')!r}); sys.exit(pytest.main({arguments!r}))"
+    done = site.run(code, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "56 passed, 1 skipped" in done.stdout
 
 
 def test_new_files_are_sound_python(tmp_path):

@@ -87,7 +87,8 @@ def new(
         _print_json({"name": name, "kind": kind.value, "path": str(project), "files": files})
         return
     typer.echo(f"{project} holds a working {kind.value}. Next:")
-    typer.echo(f"  cd {project}\n  python -m pip install -e '.[test]'\n  python -m pytest\n  folo plugins show {name}")
+    typer.echo(f"  cd {project}\n  python -m pip install -e '.[test]'\n  python -m pytest")
+    typer.echo(f"  python -m pytest --folo-conformance {name}\n  folo plugins show {name}")
 
 
 def _load() -> Registry:

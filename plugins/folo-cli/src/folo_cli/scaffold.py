@@ -23,11 +23,17 @@ class Kind(enum.Enum):
     """What a scaffolded plugin offers."""
 
     SAMPLER = "sampler"
+    STRATEGY = "strategy"
     LOGITS_PROCESSOR = "logits-processor"
     SCHEDULER = "scheduler"
 
 
-_MODULES = {Kind.SAMPLER: "sampler", Kind.LOGITS_PROCESSOR: "processor", Kind.SCHEDULER: "scheduler"}
+_MODULES = {
+    Kind.SAMPLER: "sampler",
+    Kind.STRATEGY: "sampler",
+    Kind.LOGITS_PROCESSOR: "processor",
+    Kind.SCHEDULER: "scheduler",
+}
 
 
 def create_plugin(name: str, kind: Kind, directory: Path) -> tuple[Path, list[str]]:
@@ -73,8 +79,8 @@ def render_plugin(name: str, package: str, kind: Kind) -> dict[str, str]:
         f"src/{package}/{_MODULES[kind]}.py": f"{kind.value}/{_MODULES[kind]}.py",
         f"tests/test_{package}.py": f"{kind.value}/test.py",
     }
-    if kind is Kind.SAMPLER:
-        sources[f"src/{package}/params.py"] = "sampler/params.py"
+    if kind in {Kind.SAMPLER, Kind.STRATEGY}:
+        sources[f"src/{package}/params.py"] = f"{kind.value}/params.py"
     return {path: string.Template(_template(source)).substitute(values) for path, source in sources.items()}
 
 
