@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+
 import attrs
 import pytest
+import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from engines import assert_clean, make_engine, run
 from folo_best_of import BestOfParams
 from folo_core.plugins import hookimpl
+from folo_core.plugins.manager import load_registry
 from folo_core.plugins.specs import ObserverSpec
 from folo_core.sampling_params import SamplingParams
+from folo_core.sequence import SequenceStatus
 from folo_core.testing import strategies
+from folo_core.testing.builders import make_context, make_metadata, make_request
 from folo_core.testing.fakes import FAKE_VOCAB, FakeModel
 
 EOS = FAKE_VOCAB - 1
@@ -38,15 +44,17 @@ class Prunings:
         return [ObserverSpec(name="test", help="for tests", factory=lambda _: self)]
 
 
-def ending_model(push: float) -> FakeModel:
+def ending_model(push: float, sharpness: float = 1.0) -> FakeModel:
+    """A model whose answers end early, the surer of its tokens the larger ``sharpness``."""
     model = FakeModel()
+    model.table *= sharpness
     model.table[:, EOS] += push
     return model
 
 
-def generate(requests, push: float, **options) -> tuple[dict, Prunings]:
+def generate(requests, push: float, sharpness: float = 1.0, **options) -> tuple[dict, Prunings]:
     seen = Prunings()
-    engine, _ = make_engine(ending_model(push), plugins=[seen], **options)
+    engine, _ = make_engine(ending_model(push, sharpness), plugins=[seen], **options)
     for name, (prompt, params) in requests.items():
         engine.add_request(name, prompt, params)
     final = run(engine, most_steps=5000)
@@ -59,11 +67,11 @@ def generate(requests, push: float, **options) -> tuple[dict, Prunings]:
 
 @st.composite
 def wide_params(draw) -> BestOfParams:
-    best_of = draw(st.integers(2, 6))
+    best_of = draw(st.sampled_from([2, 4, 6]))
     return BestOfParams(
-        n=draw(st.integers(1, best_of)),
+        n=draw(st.sampled_from([1, best_of // 2, best_of - 1])),
         best_of=best_of,
-        length_penalty=draw(st.sampled_from([0.0, 0.0, 1.0, 0.5, 2.0, -1.0, -0.3, 1e-17, 10.0, -10.0])),
+        length_penalty=draw(st.sampled_from([0.0, 1.0, -1.0, 0.5, -0.3, 1e-17, 10.0, -10.0])),
         temperature=draw(st.sampled_from([0.5, 1.0, 3.0])),
         top_k=draw(st.sampled_from([0, 2])),
         min_tokens=draw(st.integers(0, 3)),
@@ -76,19 +84,22 @@ def wide_params(draw) -> BestOfParams:
 def test_answers_are_the_same_with_and_without_cancellation():
     cancelled = []
 
-    @settings(max_examples=100)
+    @settings(max_examples=60)
     @given(
         params=st.lists(wide_params(), min_size=1, max_size=3),
-        push=st.sampled_from([0.0, 2.0, 4.0]),
+        push=st.sampled_from([2.0, 4.0]),
+        sharpness=st.sampled_from([3.0, 1.0]),
         num_blocks=st.sampled_from([48, 512]),
     )
-    def check(params, push, num_blocks):
+    def check(params, push, sharpness, num_blocks):
         found = {}
         for early_stop in (True, False):
             asked = {
                 f"r{i}": ([3 + i, 7, 1, 9, 2], attrs.evolve(p, early_stop=early_stop)) for i, p in enumerate(params)
             }
-            found[early_stop], seen = generate(asked, push, num_blocks=num_blocks, max_num_seqs=12, max_model_len=40)
+            found[early_stop], seen = generate(
+                asked, push, sharpness, num_blocks=num_blocks, max_num_seqs=12, max_model_len=40
+            )
             assert early_stop or not seen.pruned
             if early_stop:
                 cancelled.append(seen.pruned)
@@ -97,6 +108,54 @@ def test_answers_are_the_same_with_and_without_cancellation():
 
     check()
     assert sum(count > 0 for count in cancelled) > len(cancelled) / 10, "cancellation happens"
+
+
+@functools.cache
+def best_of_sampler():
+    return load_registry().get("samplers", "best-of").build(make_context(vocab_size=8))
+
+
+log_probabilities = st.integers(0, 200).map(lambda eighths: -eighths / 8)
+
+
+@settings(max_examples=300)
+@given(
+    length_penalty=st.sampled_from([0.0, 1.0, -1.0, 0.5, -0.3, 1e-17, 10.0, -10.0]),
+    ended=st.lists(st.tuples(log_probabilities, st.integers(1, 12)), min_size=1, max_size=4),
+    n=st.integers(1, 4),
+    now=st.tuples(log_probabilities, st.integers(1, 10)),
+    taken_over=st.integers(0, 3),
+)
+def test_exactly_those_are_cancelled_that_no_continuation_would_save(length_penalty, ended, n, now, taken_over):
+    longest = taken_over + 12
+    params = BestOfParams(n=n, best_of=6, length_penalty=length_penalty, max_tokens=longest)
+    request = make_request("a", params)
+    for number, (score, length) in enumerate(ended):
+        sequence = request.open_sequence(number)
+        sequence.data.output_token_ids += [1] * (taken_over + length)
+        sequence.score, sequence.tag = score, 1 + taken_over
+        sequence.transition(SequenceStatus.RUNNING)
+        request.close_sequence(sequence, SequenceStatus.FINISHED_STOPPED)
+    score, length = now
+    metadata = make_metadata(
+        [params], vocab_size=8, request_ids=["a"], prompt_lengths=[3],
+        histories=[[1] * (3 + taken_over + length)], scores=[score], tags=[1 + taken_over],
+    )  # fmt: skip
+    logits = torch.full((1, 8), -torch.inf)
+    logits[0, 5] = 2.0  # certain, so the score stays
+    sampler = best_of_sampler()
+    sampler.add_request(request)
+    kept = len(sampler.step(logits, metadata).parents)
+    sampler.remove_request("a")
+    assert [sequence.score for sequence in request.finished] == [score for score, _ in ended]
+    best = max(score / possible**length_penalty for possible in range(length + 1, 13))
+    finished = sorted((score / length**length_penalty for score, length in ended), reverse=True)
+    if len(finished) < n:
+        assert kept
+    elif best != pytest.approx(finished[n - 1], rel=1e-6):
+        assert kept == (best > finished[n - 1])
+    elif best >= finished[n - 1]:
+        assert kept
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, -1.0])
