@@ -181,6 +181,15 @@ def test_held_rows_and_several_tokens_a_step_are_told() -> None:
     assert sorted(tokens_of(run, a["node"]) for a in run["answers"]) == [[5, 6, 7], [7, 7, 7]]
 
 
+def test_tokens_past_the_end_of_an_answer_are_no_part_of_the_tree() -> None:
+    recorder = Recorder()
+    llm = make_llm(plugins=[recorder, SamplerPlugin(Jumper())])
+    run = record(llm, recorder, "abc", TreeParams(width=2, max_tokens=3, stop_token_ids=[5]))
+    assert run["nodes"][0]["status"] == "ended"
+    assert 6 not in [node["token_id"] for node in run["nodes"]], "it came with the stop token, in one step"
+    assert sorted(tokens_of(run, a["node"]) for a in run["answers"]) == [[5], [7, 7, 7]]
+
+
 def test_a_request_that_fails_raises_its_own_error() -> None:
     model, recorder = FakeModel(), Recorder()
     model.edit_logits = lambda logits, _: logits * float("nan")

@@ -284,6 +284,7 @@ class Engine:
         """Give a request's sequences their new tokens, end those that are done, and report."""
         before = request.live.copy()
         rows = self._reparent(request, sample)
+        lengths = [len(sequence.data.output_token_ids) for sequence in rows] if self._branch_observers else []
         request.metrics.record_tokens(now, max((len(tokens) for tokens in sample.tokens), default=0))
         request.metrics.num_draft_tokens += sample.num_drafts
         request.metrics.num_accepted_tokens += sum(sample.kept)
@@ -297,7 +298,7 @@ class Engine:
             elif sample.drafts is not None and not self._is_fork(sample, row):
                 self._take_drafts(request, sequence, sample.drafts[row])
         if self._branch_observers:
-            self._observe_branches(request, sample, before, rows)
+            self._observe_branches(request, sample, before, rows, lengths)
         if request.is_finished:
             return self._finish(request)
         return self.outputs.output(request, rows, finished=False)
@@ -458,17 +459,23 @@ class Engine:
             self._tell(observer, observer.on_step, record)
 
     def _observe_branches(
-        self, request: Request, sample: RequestSample, before: list[Sequence], rows: list[Sequence]
+        self,
+        request: Request,
+        sample: RequestSample,
+        before: list[Sequence],
+        rows: list[Sequence],
+        lengths: list[int],
     ) -> None:
-        """Tell what became of a request's sequences in this step."""
+        """Tell what became of a request's sequences in this step; the rows were ``lengths`` long before it."""
+        stated = sample.stated
         record = BranchRecord(
             step=self.step_count,
             request_id=request.request_id,
             prompt_token_ids=request.prompt_token_ids,
             parents=[before[parent].seq_id for parent in sample.parents],
             rows=[sequence.seq_id for sequence in rows],
-            tokens=sample.tokens,
-            logprobs=sample.stated,
+            tokens=[s.data.output_token_ids[length:] for s, length in zip(rows, lengths, strict=True)],
+            logprobs=None if stated is None else [[] if n else row for n, row in zip(sample.kept, stated, strict=True)],
             scores=[sequence.score for sequence in rows],
             ended={s.seq_id: s.status.value for s in rows if s.is_finished},
             pruned=[s.seq_id for s in before if s not in rows],

@@ -43,9 +43,9 @@ class BranchRecord:
     rows: list[int]
     """The row's own sequence: its parent's, or a fork of it."""
     tokens: list[list[int]]
-    """What each row appended."""
+    """What each row appended, up to the token that ended it."""
     logprobs: list[list[float]] | None
-    """Log probabilities of these tokens, if the strategy states them."""
+    """Log probabilities of these tokens, if the strategy states them; empty for a row that kept drafts."""
     scores: list[float]
     """What the strategy ranks each row by."""
     ended: dict[int, str]
