@@ -30,8 +30,14 @@ class NgramProposer:
     def propose(self, metadata: SamplingMetadata, max_tokens: int) -> Draft:
         """Draft what followed the longest known end of each row, or nothing for rows whose end is new."""
         texts = metadata.history or [[]] * metadata.num_rows
+        found = []
         rows = zip(metadata.request_ids, metadata.sequence_indices.tolist(), metadata.params, texts, strict=True)
-        found = [self._index(name, index, params).continue_(text, max_tokens) for name, index, params, text in rows]
+        for request_id, sequence, params, text in rows:
+            indexes = self._indexes.get(request_id)
+            index = None if indexes is None else indexes.get(sequence)
+            if index is None:
+                index = self._open(request_id, sequence, params)
+            found.append(index.continue_(text, max_tokens))
         width = max(map(len, found), default=0)
         padded = [tokens + [-1] * (width - len(tokens)) for tokens in found]
         device = metadata.positions.device
@@ -41,20 +47,19 @@ class NgramProposer:
         """Drop the request's indexes."""
         self._indexes.pop(request_id, None)
 
-    def _index(self, request_id: str, sequence: int, params: SamplingParams) -> NgramIndex:
-        indexes = self._indexes.setdefault(request_id, {})
-        if sequence not in indexes:
-            own = params if isinstance(params, SpeculativeParams) else _USUAL
-            indexes[sequence] = NgramIndex(own.min_ngram, own.max_ngram)
-        return indexes[sequence]
+    def _open(self, request_id: str, sequence: int, params: SamplingParams) -> NgramIndex:
+        own = params if isinstance(params, SpeculativeParams) else _USUAL
+        index = NgramIndex(own.min_ngram, own.max_ngram)
+        self._indexes.setdefault(request_id, {})[sequence] = index
+        return index
 
 
 class NgramIndex:
     """Where each n-gram of a growing text occurred last: each token is entered once, in constant time."""
 
     def __init__(self, shortest: int, longest: int) -> None:
-        self._places: dict[int, dict[tuple[int, ...], int]] = {n: {} for n in range(longest, shortest - 1, -1)}
-        """Length to n-gram to the place of what followed it; longest first."""
+        self._places: list[tuple[int, dict[tuple[int, ...], int]]] = [(n, {}) for n in range(longest, shortest - 1, -1)]
+        """Lengths, longest first, each with its n-grams and the places of what followed them."""
         self._length = 0
 
     def continue_(self, text: list[int], count: int) -> list[int]:
@@ -66,16 +71,14 @@ class NgramIndex:
             text: token ids that begin with those of the last call.
             count: how many tokens to return.
         """
-        for n, places in self._places.items():
-            first = max(self._length, n)
-            if len(text) <= first:
-                continue
-            shifted = (text[first - n + i : len(text) - n + i] for i in range(n))
-            places.update(zip(zip(*shifted, strict=True), range(first, len(text)), strict=True))
-        self._length = len(text)
-        ends = (places.get(tuple(text[-n:])) for n, places in self._places.items())
-        place = next((end for end in ends if end is not None), None)
-        if place is None:
-            return []
-        loop = text[place:]
-        return (loop * -(-count // len(loop)))[:count]
+        known, length = self._length, len(text)
+        for n, places in self._places:
+            for end in range(known if known > n else n, length):  # noqa: FURB136 (a call less for each row)
+                places[tuple(text[end - n : end])] = end
+        self._length = length
+        for n, places in self._places:
+            place = places.get(tuple(text[length - n :]))
+            if place is not None:
+                loop = text[place:]
+                return (loop * -(-count // len(loop)))[:count]
+        return []

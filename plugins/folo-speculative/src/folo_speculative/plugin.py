@@ -40,6 +40,7 @@ def folo_samplers() -> tuple[SamplerSpec, ...]:
             help="drafts tokens and judges them in one pass; the result is unchanged",
             factory=_speculative,
             params_type=SpeculativeParams,
+            capabilities={"drafts", "greedy-invariant"},
         ),
     )
 

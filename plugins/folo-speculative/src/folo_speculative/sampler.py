@@ -40,11 +40,12 @@ if TYPE_CHECKING:
     from folo_core.request import Request
     from folo_core.sampling.interface import Draft, Proposer, SamplerContext
     from folo_core.sampling.metadata import SamplingMetadata
-    from folo_core.sampling_params import SamplingParams
     from folo_core.sequence import Sequence
     from folo_speculative.params import SpeculativeParams
 
 logger = logging.getLogger(__name__)
+
+_ENDLESS = 1 << 40
 
 
 @attrs.frozen(slots=True)
@@ -80,7 +81,7 @@ class SpeculativeSampler:
         Raises:
             ParamsError: no plugin offers it, or it lacks its configuration.
         """
-        name = _own(request.params).proposer
+        name = cast("SpeculativeParams", request.params).proposer
         try:
             self._proposer(name)
         except (ConfigError, PluginError) as error:
@@ -107,7 +108,7 @@ class SpeculativeSampler:
             parents=parents,
             tokens=tokens[:, None],
             tags=tags,
-            drafts=self._propose(metadata, parents.tolist(), tokens.tolist(), limits.tolist()),
+            drafts=self._propose(metadata, parents, tokens, limits),
         )
 
     def finish(self, request: Request) -> list[Sequence]:
@@ -164,44 +165,45 @@ class SpeculativeSampler:
         return chosen, probs
 
     def _propose(
-        self, metadata: SamplingMetadata, parents: list[int], tokens: list[int], limits: list[int]
+        self, metadata: SamplingMetadata, parents: torch.Tensor, tokens: torch.Tensor, limits: torch.Tensor
     ) -> torch.Tensor | None:
         """Return drafts for the sequences that go on, int64 ``[m, d]``, -1 padded; None if there are none."""
-        positions = [position + 1 for position in metadata.positions[parents].tolist()]
-        rooms = [
-            _room(metadata, row, position, token, limit)
-            for row, position, token, limit in zip(parents, positions, tokens, limits, strict=True)
-        ]
+        rows, last = parents.tolist(), tokens.tolist()
+        rooms = _rooms(metadata, parents, last, limits)
         groups: dict[str, list[int]] = {}
-        for child, row in enumerate(parents):
-            if rooms[child] > 0:
-                groups.setdefault(_own(metadata.params[row]).proposer, []).append(child)
-        found: list[list[int]] = [[] for _ in parents]
+        for child, room in enumerate(rooms.tolist()):
+            if room > 0:
+                groups.setdefault(_own(metadata)[rows[child]].proposer, []).append(child)
+        found = tokens.new_full((len(rows), max(int(rooms.max()), 0)), -1)
         for name, children in groups.items():
-            view = _following(metadata, [parents[child] for child in children], [tokens[child] for child in children])
-            draft = self._ask(name, view, max(rooms[child] for child in children))
+            view = _following(metadata, [rows[child] for child in children], [last[child] for child in children])
+            index = torch.tensor(children, device=tokens.device)
+            draft = self._ask(name, view, int(rooms[index].max()))
             if draft is None:
                 continue
-            for place, (child, drafted) in enumerate(zip(children, draft.tokens.tolist(), strict=True)):
-                found[child] = _cut(drafted, rooms[child], metadata, parents[child])
-                if draft.probs is not None and found[child]:
-                    probs = draft.probs[place, : len(found[child])]
-                    self._drawn[view.request_ids[place]] = _Drawn(positions[child], probs)
-        width = max(map(len, found))
-        if not width:
-            return None
-        padded = [drafted + [-1] * (width - len(drafted)) for drafted in found]
-        return torch.tensor(padded, device=metadata.positions.device)
+            width = min(draft.tokens.shape[1], found.shape[1])
+            inside = torch.arange(width, device=tokens.device) < rooms[index, None]
+            found[index, :width] = draft.tokens[:, :width].masked_fill(~inside, -1)
+            if draft.probs is not None:
+                positions = view.positions.tolist()
+                for place, request_id in enumerate(view.request_ids):
+                    self._drawn[request_id] = _Drawn(positions[place], draft.probs[place, :width])
+        longest = int((found >= 0).sum(1).max()) if groups else 0
+        return found[:, :longest] if longest else None
 
     def _ask(self, name: str, metadata: SamplingMetadata, count: int) -> Draft | None:
         """Return a proposer's drafts; one that fails costs speed, not the requests."""
         try:
-            return self._proposers[name].propose(metadata, count)
+            draft = self._proposers[name].propose(metadata, count)
+            if draft.tokens.dtype != torch.int64 or len(draft.tokens) != metadata.num_rows:
+                message = f"drafts {draft.tokens.dtype} {list(draft.tokens.shape)} for {metadata.num_rows} rows"
+                raise ValueError(message)  # noqa: TRY301 (a wrong answer is a failure like any other)
         except Exception as error:  # noqa: BLE001 (a proposer may raise anything)
             if name not in self._complained:
                 self._complained.add(name)
                 logger.warning("proposer %r failed, its requests go on undrafted: %r", name, error)
             return None
+        return draft
 
 
 def first_rejected(kept: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:
@@ -217,20 +219,21 @@ def first_rejected(kept: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:
     return rows.new_full((int(last.sum()),), len(kept)).scatter_reduce_(0, sequences, rows, "amin")
 
 
-def _own(params: SamplingParams) -> SpeculativeParams:
-    """Return a request's parameters as what they are: their class picked this sampler."""
-    return cast("SpeculativeParams", params)
+def _own(metadata: SamplingMetadata) -> list[SpeculativeParams]:
+    """Return the rows' parameters as what they are: their class picked this sampler."""
+    return cast("list[SpeculativeParams]", metadata.params)
+
+
+def _most(metadata: SamplingMetadata, parents: torch.Tensor) -> torch.Tensor:
+    """Return how many tokens each sequence may draft, int64 ``[m]``."""
+    own = _own(metadata)
+    return torch.tensor([own[row].num_draft_tokens for row in parents.tolist()], device=parents.device)
 
 
 def _limits(metadata: SamplingMetadata, parents: torch.Tensor) -> torch.Tensor:
     """Return how many tokens each sequence drafted at most so far, int64 ``[m]``."""
     tags = metadata.tags[parents]
     return torch.where(tags > 0, tags, _most(metadata, parents))
-
-
-def _most(metadata: SamplingMetadata, parents: torch.Tensor) -> torch.Tensor:
-    most = [_own(metadata.params[row]).num_draft_tokens for row in parents.tolist()]
-    return torch.tensor(most, device=parents.device)
 
 
 def _learn(
@@ -245,31 +248,20 @@ def _learn(
     return torch.where(drafted > 0, learnt, limits)
 
 
-def _room(metadata: SamplingMetadata, row: int, position: int, token: int, limit: int) -> int:
-    """Return how many drafts are worth while from ``position`` on, behind ``token``, which follows ``row``."""
-    params = metadata.params[row]
-    length = position - metadata.prompt_lengths[row]
-    if length >= params.min_tokens and token in _ends(metadata, row):
-        return 0
-    return limit if params.max_tokens is None else min(limit, params.max_tokens - length - 1)
-
-
-def _ends(metadata: SamplingMetadata, row: int) -> tuple[int, ...]:
-    params = metadata.params[row]
-    return params.stop_token_ids if params.ignore_eos else params.stop_token_ids + params.resolved_eos
-
-
-def _cut(drafted: list[int], room: int, metadata: SamplingMetadata, row: int) -> list[int]:
-    """Return the drafts up to the room there is, to padding, and to a token that would end the answer."""
-    ends = _ends(metadata, row)
-    cut: list[int] = []
-    for token in drafted[:room]:
-        if token < 0:
-            break
-        cut.append(token)
-        if token in ends:
-            break
-    return cut
+def _rooms(metadata: SamplingMetadata, parents: torch.Tensor, tokens: list[int], limits: torch.Tensor) -> torch.Tensor:
+    """Return how many drafts are worth while behind the rows' new tokens, int64 ``[m]``: none behind the last one."""
+    chosen = [(metadata.params[row], metadata.prompt_lengths[row]) for row in parents.tolist()]
+    ends = [
+        token in params.stop_token_ids or (token in params.resolved_eos and not params.ignore_eos)
+        for (params, _), token in zip(chosen, tokens, strict=True)
+    ]
+    # The length that the answer must not reach with drafts, and the one from which it may end by a token.
+    most = [start + (_ENDLESS if params.max_tokens is None else params.max_tokens) - 1 for params, start in chosen]
+    least = [start + params.min_tokens for params, start in chosen]
+    ending, most_, least_ = torch.tensor([ends, most, least], dtype=torch.int64, device=parents.device)
+    lengths = metadata.positions[parents] + 1
+    rooms = torch.minimum(limits, most_ - lengths)
+    return rooms.masked_fill_((ending > 0) & (lengths >= least_), 0)
 
 
 def _following(metadata: SamplingMetadata, rows: list[int], tokens: list[int]) -> SamplingMetadata:
