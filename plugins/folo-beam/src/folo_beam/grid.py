@@ -24,6 +24,10 @@ class Grid:
     """The candidates of some searches: tensors ``[searches, width * n]``, ``n`` tokens for each of ``width`` rows."""
 
     searches: list[Search]
+    length: torch.Tensor
+    """float64 ``[searches, 1]``: tokens of each answer after this step."""
+    most: torch.Tensor
+    """float64 ``[searches, 1]``: ``max_tokens``."""
     total: torch.Tensor
     """Log probability of the whole answer; -inf where a search has fewer rows than its width."""
     columns: list[torch.Tensor]
@@ -45,7 +49,11 @@ class Grid:
             return whole.index_copy_(0, index, column.expand_as(ids)).view(len(searches), -1)
 
         total = lay(metadata.scores[rows, None] + logprobs, -math.inf)
-        return cls(searches, total, [lay(rows[:, None]), lay(ids), lay(logprobs), lay(metadata.tags[rows, None])])
+        length = [len(search.request.live[0].data.output_token_ids) + 1 for search in searches]
+        most = [search.params.max_tokens or 0 for search in searches]
+        limits = torch.tensor([length, most], dtype=torch.float64, device=logits.device)[:, :, None]
+        columns = [lay(rows[:, None]), lay(ids), lay(logprobs), lay(metadata.tags[rows, None])]
+        return cls(searches, limits[0], limits[1], total, columns)
 
     def advance(self) -> list[torch.Tensor]:
         """Return parents, tokens, logprobs, scores, tags and whether they end, of the rows to go on with."""
@@ -59,7 +67,7 @@ class Grid:
                 score = score.masked_fill((tag != 0) & (tag != lane), -math.inf)
                 score = score - diversity.float() * (self.columns[1][:, :, None] == taken[:, None, :]).sum(2)
             going, ending, columns = self._advance_lane(lane, score)
-            taken = torch.cat((taken, columns[1].masked_fill(~going, -1)), 1)
+            taken = torch.cat((taken, columns[1].masked_fill(~(going | ending), -1)), 1)
             ended = torch.zeros_like(going), torch.ones_like(ending)
             # First the rows that go on: those go on in place, without a fork, and so do not copy what they share.
             chosen += [[going, *columns, ended[0]], [ending, *columns, ended[1]]]
@@ -72,24 +80,19 @@ class Grid:
         row, token, logprob, tag = (column.gather(1, order) for column in self.columns)
         params = [search.params for search in self.searches]
         share = params[0].width // params[0].num_groups
-        length = self._each([len(search.request.live[0].data.output_token_ids) + 1 for search in self.searches])
-        most = self._each([p.max_tokens or 0 for p in params])
         ends = torch.tensor([search.ends for search in self.searches], dtype=torch.int64, device=token.device)
         live = score > -math.inf
-        stops = live & ((length >= most) | (token[:, :, None] == ends[:, None, :]).any(2))
+        stops = live & ((self.length >= self.most) | (token[:, :, None] == ends[:, None, :]).any(2))
         if self.searches[0].banks is None:
             going, tag = live & ~stops, torch.full_like(tag, lane)
             going &= going.cumsum(1) <= share
             ending = stops & (torch.arange(score.shape[1], device=score.device) < share)
         else:
             going, ending, tag = self._allot(row, token, stops, live)
-        self._settle(lane, going, ending, score, length, most)
+        self._settle(lane, going, ending, score)
         return going, ending, [row, token, logprob, score, tag]
 
-    def _settle(  # noqa: PLR0913, PLR0917 (a lane's state)
-        self, lane: int, going: torch.Tensor, ending: torch.Tensor, score: torch.Tensor,
-        length: torch.Tensor, most: torch.Tensor,
-    ) -> None:  # fmt: skip
+    def _settle(self, lane: int, going: torch.Tensor, ending: torch.Tensor, score: torch.Tensor) -> None:
         """Drop from ``ending`` what is not among the best finished, and from ``going`` all of a search that is over."""
         params = [search.params for search in self.searches]
         penalty = self._each([p.length_penalty for p in params])
@@ -97,11 +100,12 @@ class Grid:
         distant = self._each([p.early_stopping == "never" and p.length_penalty > 0 for p in params]) > 0
         pool = torch.tensor([search.pool(lane) for search in self.searches], dtype=torch.float64, device=score.device)
         ending &= ~(early & (pool[:, -1:] > -math.inf))
-        final = score / length**penalty
+        final = score / self.length**penalty
         finished = torch.cat((pool, final.masked_fill(~ending, -math.inf)), 1)
         worst = finished.topk(pool.shape[1]).values[:, -1:]
-        best = score.masked_fill(~going, -math.inf).amax(1, keepdim=True)
-        going &= (worst == -math.inf) | (~early & (best / torch.where(distant, most, length) ** penalty > worst))
+        reach = torch.where(distant, self.most, self.length)
+        best = score.masked_fill(~going, -math.inf).amax(1, keepdim=True) / reach**penalty
+        going &= (worst == -math.inf) | (~early & (best > worst))
         ending &= final >= worst
 
     def _allot(
