@@ -339,6 +339,28 @@ def test_holding_every_row_is_refused_by_name():
     assert final["b"].outputs[0].token_ids == model.expected_tokens([1, 2], 8)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_held_row_keeps_its_neighbours_log_probabilities(first):
+    class Alternate(FanOut):
+        def step(self, logits: torch.Tensor, metadata: Any) -> SamplerOutput:
+            output = super().step(logits, metadata)
+            if metadata.num_rows > 1:
+                waits = torch.arange(len(output.tokens)) % 2 == (int(metadata.positions.sum()) + first) % 2
+                output.tokens[waits] = -1
+            return output
+
+    engine, model = make_engine(plugins=[SamplerPlugin(Alternate())])
+    params = TreeParams(width=2, max_tokens=4, ignore_eos=True, temperature=0.0, logprobs=1)
+    engine.add_request("a", [1, 2, 3], params)
+    output = run(engine)["a"]
+    assert output.error is None
+    for completion in output.outputs:
+        assert len(completion.logprobs) == len(completion.token_ids) == 4
+        for place, token in enumerate(completion.token_ids):
+            exact = model.logits_after([1, 2, 3, *completion.token_ids[:place]]).log_softmax(-1)[token]
+            assert completion.logprobs[place][token].logprob == pytest.approx(float(exact), abs=1e-5)
+
+
 def test_a_request_that_cannot_go_on_ends_alone():
     class Choosy(FanOut):
         def step(self, logits: torch.Tensor, metadata: Any) -> SamplerOutput:

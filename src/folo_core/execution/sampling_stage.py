@@ -221,7 +221,7 @@ class SamplingStage:
                 tokens=[tokens[child] for child in mine],
                 kept=[len(kept[child]) for child in mine],
                 num_drafts=num_drafts[request_id],
-                logprobs=[candidates[child] for child in mine] if mine and mine[0] in candidates else None,
+                logprobs=[candidates.get(child, []) for child in mine] if candidates.keys() & mine else None,
                 **host.columns(mine),
             )
             for request_id, mine in children.items()
