@@ -88,9 +88,7 @@ class ModelRunner:
     def _edit_batch(self, scheduled: SchedulerOutput) -> None:
         """Bring slots, block tables and blocks up to date, in the order that SchedulerOutput promises."""
         for fork in scheduled.forks:
-            request = self.requests.get(fork.request_id)
-            if request is None:
-                continue  # it ended with its request, in the step that made it
+            request = self.requests[fork.request_id]
             self.batch.fork(fork, request, keep_history=self.stage.needs_history(request))
             self.stage.assign(int(self.batch.slots_of([fork.child_id])[0]), request)
         for seq_id in scheduled.released:
