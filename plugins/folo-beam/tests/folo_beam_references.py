@@ -10,7 +10,7 @@ def diverse_search(model, prompt, *, width, groups=1, strength=0.0, max_tokens=8
     """Algorithm 1 of Vijayakumar et al. (2016): in each step, group after group; returns scored answers, best first.
 
     A group takes the log probability of a token down by ``strength`` for each beam of earlier groups that took the
-    token in this step (to go on or to end), and is otherwise a beam search of its own. With one group it is plain beam search.
+    token in this step (to go on or to end), and is otherwise a beam search of its own: with one group, a plain one.
     """
     share, ends = width // groups, set(model.info.eos_token_ids)
     lanes = [[((), 0.0)] for _ in range(groups)]

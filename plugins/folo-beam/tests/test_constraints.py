@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 from folo_beam_references import contains, every_answer
 from hypothesis import given, settings
@@ -63,7 +64,6 @@ def test_a_wide_search_finds_the_best_of_all_answers(wanted, prompt):
 def test_without_phrases_the_banks_choose_what_plain_search_chooses(monkeypatch):
     params = BeamParams(width=4, n=4, max_tokens=10, stop_token_ids=[3, 5, 7, 8])
     plain = answer(params)
-    monkeypatch.setattr(BeamParams, "must_include", property(lambda _: ("",)))
     used = []
 
     def none(*_):
@@ -71,7 +71,7 @@ def test_without_phrases_the_banks_choose_what_plain_search_chooses(monkeypatch)
         return used[-1]
 
     monkeypatch.setattr(sampler_module.Banks, "of", none)
-    banked = answer(params)
+    banked = answer(attrs.evolve(params, must_include=[[7]]))
     assert used
     assert [(c.token_ids, c.score) for c in banked] == [(c.token_ids, c.score) for c in plain]
 
@@ -105,6 +105,12 @@ class _Row:
         self.output_token_ids = tokens
 
 
+def test_a_phrase_inside_another_is_there_with_it():
+    params = BeamParams(width=2, n=2, max_tokens=6, must_include=[(5, 6, 7), (6, 7), (5,)])
+    assert Banks.of(_Asked(params.must_include), None, ()).phrases == ((5, 6, 7),)
+    assert all(contains(c.token_ids, (5, 6, 7)) for c in answer(params))
+
+
 def test_texts_are_encoded_exactly_as_they_stand():
     llm = make_llm()
     (output,) = llm.generate(["ab"], BeamParams(width=4, n=4, max_tokens=12, must_include=["HELLO", " X"]))
@@ -117,9 +123,9 @@ def test_what_cannot_be_included_is_refused_and_leaves_nothing_behind():
         with pytest.raises(ParamsError, match=f"must_include: .*{message}"):
             engine.add_request("r", PROMPT, BeamParams(must_include=wanted, max_tokens=4))
         assert_clean(engine)
-    with pytest.raises(ParamsError, match="must_include: 64: outside the vocabulary"):
+    with pytest.raises(ParamsError, match=r"must_include: 64: outside the vocabulary"):
         engine.add_request("r", PROMPT, BeamParams(must_include=[[1, FAKE_VOCAB]]))
-    with pytest.raises(ParamsError, match="must_include: .*need a tokenizer"):
+    with pytest.raises(ParamsError, match=r"must_include: .*need a tokenizer"):
         Banks.of(_Asked(("text",)), None, ())
 
 

@@ -1,4 +1,4 @@
-"""Phrases that must appear: dynamic beam allocation (Post and Vilar, NAACL 2018). Imports no torch.
+"""Phrases that must appear: dynamic beam allocation (Post and Vilar, NAACL 2018). Imports torch only in use.
 
 A candidate belongs to the bank of hypotheses that have as many tokens of phrases as it has. The beam is dealt out
 evenly over the banks, so hypotheses that are on their way to a phrase survive beside likelier ones that are not.
@@ -16,6 +16,9 @@ from folo_core.validation import are_token_ids, as_int, is_text, rule, show
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+    import torch
+
+    from folo_beam.sampler import Search
     from folo_core.request import Request
     from folo_core.sequence import Sequence
     from folo_core.validation import Data
@@ -89,6 +92,7 @@ class Banks:
             raise ParamsError(message)
         encoded = (tokenizer.encode(p, add_special_tokens=False) if isinstance(p, str) else p for p in given)
         phrases = tuple(dict.fromkeys(map(tuple, encoded)))
+        phrases = tuple(p for p in phrases if not any(p != other and _holds(other, p) for other in phrases))
         if any(not phrase or not set(ends).isdisjoint(phrase) for phrase in phrases):
             message = f"must_include: {show(given)}: a phrase has no tokens, or one that ends the answer: leave it out"
             raise ParamsError(message)
@@ -112,7 +116,7 @@ class Banks:
 
     def _row(self, sequence: Sequence) -> Row:
         """Read a live row: its tag says what it has met, its newest tokens what it has begun."""
-        longest = max(map(len, self.phrases))
+        longest = max(map(len, self.phrases), default=1)
         newest = tuple(sequence.data.output_token_ids[-longest:])
         begun = tuple(
             () if sequence.tag >> bit & 1 else tuple(n for n in range(len(p)) if not n or p[:n] == newest[-n:])
@@ -163,6 +167,38 @@ class Banks:
         every = range(len(stops))
         met = [met for met, _ in found] + [0] * (len(stops) - len(found))
         return [p in going for p in every], [stops[p] and p in whole for p in every], met
+
+
+def choose(
+    searches: list[Search], rows: list[list[int]], tokens: list[list[int]], stops: list[list[bool]], counts: list[int]
+) -> list[list[list[Any]]]:
+    """Return ``Banks.choose`` of every search: three columns, of which each has a row for each search."""
+    found = [
+        search.banks.choose(search.request, rows[i][:count], tokens[i][:count], stops[i])
+        for i, (search, count) in enumerate(zip(searches, counts, strict=True))
+        if search.banks is not None
+    ]
+    return [list(column) for column in zip(*found, strict=True)]
+
+
+def add_wanted(
+    logits: torch.Tensor, values: torch.Tensor, ids: torch.Tensor, wanted: list[list[int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``values`` and ``ids`` ``[rows, n]`` with each row's wanted tokens behind, -inf where there is no more."""
+    import torch
+
+    longest = max(map(len, wanted))
+    padded = [[*row, *[-1] * (longest - len(row))] for row in wanted]
+    more = torch.tensor(padded, dtype=torch.int64, device=ids.device)
+    new = (more >= 0) & (more[:, :, None] != ids[:, None, :]).all(2)
+    more = more.clamp_(min=0)
+    found = logits.gather(1, more).masked_fill_(~new, -torch.inf)
+    return torch.cat((values, found), 1), torch.cat((ids, more), 1)
+
+
+def _holds(tokens: tuple[int, ...], phrase: tuple[int, ...]) -> bool:
+    starts = range(len(tokens) - len(phrase) + 1)
+    return any(tokens[start : start + len(phrase)] == phrase for start in starts)
 
 
 def _deal(banks: dict[int, list[int]], number: int, width: int) -> set[int]:

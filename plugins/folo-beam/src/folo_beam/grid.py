@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import attrs
 import torch
 
+from folo_beam.constraints import add_wanted, choose
+
 if TYPE_CHECKING:
     from folo_beam.sampler import Search
     from folo_core.sampling.metadata import SamplingMetadata
@@ -49,11 +51,10 @@ class Grid:
             return whole.index_copy_(0, index, column.expand_as(ids)).view(len(searches), -1)
 
         total = lay(metadata.scores[rows, None] + logprobs, -math.inf)
-        length = [len(search.request.live[0].data.output_token_ids) + 1 for search in searches]
-        most = [search.params.max_tokens or 0 for search in searches]
-        limits = torch.tensor([length, most], dtype=torch.float64, device=logits.device)[:, :, None]
+        limits = [(len(s.request.live[0].data.output_token_ids) + 1, s.params.max_tokens or 0) for s in searches]
+        length, most = torch.tensor(limits, dtype=torch.float64, device=logits.device)[:, :, None].unbind(1)
         columns = [lay(rows[:, None]), lay(ids), lay(logprobs), lay(metadata.tags[rows, None])]
-        return cls(searches, limits[0], limits[1], total, columns)
+        return cls(searches, length, most, total, columns)
 
     def advance(self) -> list[torch.Tensor]:
         """Return parents, tokens, logprobs, scores, tags and whether they end, of the rows to go on with."""
@@ -68,9 +69,8 @@ class Grid:
                 score = score - diversity.float() * (self.columns[1][:, :, None] == taken[:, None, :]).sum(2)
             going, ending, columns = self._advance_lane(lane, score)
             taken = torch.cat((taken, columns[1].masked_fill(~(going | ending), -1)), 1)
-            ended = torch.zeros_like(going), torch.ones_like(ending)
-            # First the rows that go on: those go on in place, without a fork, and so do not copy what they share.
-            chosen += [[going, *columns, ended[0]], [ending, *columns, ended[1]]]
+            # A row that goes on comes before one that ends: it does so in place, and the one that ends is the fork.
+            chosen += [[going, *columns, torch.zeros_like(going)], [ending, *columns, torch.ones_like(going)]]
         mask, *found = (torch.cat(parts, 1) for parts in zip(*chosen, strict=True))
         return [column[mask] for column in found]
 
@@ -88,7 +88,8 @@ class Grid:
             going &= going.cumsum(1) <= share
             ending = stops & (torch.arange(score.shape[1], device=score.device) < share)
         else:
-            going, ending, tag = self._allot(row, token, stops, live)
+            chosen = choose(self.searches, row.tolist(), token.tolist(), stops.tolist(), live.sum(1).tolist())
+            going, ending, tag = (torch.tensor(column, device=row.device) for column in chosen)
         self._settle(lane, going, ending, score)
         return going, ending, [row, token, logprob, score, tag]
 
@@ -108,16 +109,6 @@ class Grid:
         going &= (worst == -math.inf) | (~early & (best > worst))
         ending &= final >= worst
 
-    def _allot(
-        self, row: torch.Tensor, token: torch.Tensor, stops: torch.Tensor, live: torch.Tensor
-    ) -> list[torch.Tensor]:
-        """Have each search's banks choose which candidates go on and which end; returns their tags, too."""
-        columns = zip(self.searches, row.tolist(), token.tolist(), stops.tolist(), live.sum(1).tolist(), strict=True)
-        found = [
-            s.banks.choose(s.request, rows[:n], tokens[:n], ends) for s, rows, tokens, ends, n in columns if s.banks
-        ]
-        return [torch.tensor(column, device=row.device) for column in zip(*found, strict=True)]
-
     def _each(self, values: list[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float64, device=self.total.device)[:, None]
 
@@ -130,14 +121,7 @@ def likeliest(logits: torch.Tensor, count: int, wanted: list[list[int]]) -> tupl
     values, ids = _largest(logits, min(count, logits.shape[1]))
     peak = values[:, :1].clone()
     if wanted:
-        longest = max(map(len, wanted))
-        more = torch.tensor(
-            [[*row, *[-1] * (longest - len(row))] for row in wanted], dtype=torch.int64, device=ids.device
-        )
-        new = (more >= 0) & (more[:, :, None] != ids[:, None, :]).all(2)
-        more = more.clamp_(min=0)
-        values = torch.cat((values, logits.gather(1, more).masked_fill_(~new, -math.inf)), 1)
-        ids = torch.cat((ids, more), 1)
+        values, ids = add_wanted(logits, values, ids, wanted)
     mass = logits.sub_(peak).exp_().sum(1, keepdim=True)
     return ids, values.sub_(peak).sub_(mass.log_())
 

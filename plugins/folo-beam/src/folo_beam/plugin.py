@@ -22,4 +22,4 @@ def _beam(context: SamplerContext) -> Sampler:
 def folo_samplers() -> tuple[SamplerSpec, ...]:
     """Offer beam search, picked by BeamParams."""
     text = "beam search: plain, diverse (groups) and constrained (phrases that must appear)"
-    return (SamplerSpec(name="beam", help=text, factory=_beam, params_type=BeamParams),)
+    return (SamplerSpec(name="beam", help=text, factory=_beam, params_type=BeamParams, capabilities={"forks"}),)

@@ -71,22 +71,22 @@ class BeamSampler:
         """Rank the kept hypotheses by their final scores, which callers see."""
         search = self._searches[request.request_id]
         kept = [sequence for lane in range(1, search.params.num_groups + 1) for sequence in search.kept(lane)]
-        kept = kept or request.finished  # a stop string may end a search before all its phrases appear
+        kept.sort(key=search.score, reverse=True)
+        if search.banks:  # a stop string may end an answer before all its phrases appear: such come last
+            kept += sorted((s for s in request.finished if s not in kept), key=search.score, reverse=True)
         for sequence in kept:
             sequence.score = search.score(sequence)
-        return sorted(kept, key=lambda sequence: sequence.score, reverse=True)[: search.params.num_answers]
+        return kept[: search.params.num_answers]
 
     def step(self, logits: torch.Tensor, metadata: SamplingMetadata) -> SamplerOutput:
         """Advance every search by one token, those of one shape in one grid."""
         shapes: dict[tuple[int, int, int, bool], list[tuple[Search, range]]] = {}
-        numbers = []
-        for number, (request_id, rows) in enumerate(metadata.groups):
+        for request_id, rows in metadata.groups:
             search = self._searches[request_id]
             shapes.setdefault(search.shape, []).append((search, rows))
-            numbers += [number] * len(rows)
         parts = [Grid.of(logits, metadata, members).advance() for members in shapes.values()]
         parents, tokens, logprobs, scores, tags, ended = (torch.cat(column) for column in zip(*parts, strict=True))
-        order = torch.tensor(numbers, device=logits.device)[parents].argsort(stable=True)
+        order = parents.argsort(stable=True)  # which is by request, and of a row's children first the one to go on
         return SamplerOutput(
             parents=parents[order], tokens=tokens[order, None], logprobs=logprobs[order, None], scores=scores[order],
             tags=tags[order], finished=ended[order],
