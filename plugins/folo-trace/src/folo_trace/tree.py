@@ -76,7 +76,7 @@ class Step(TypedDict):
     ended: dict[str, str]
     """Sequences that ended, and why."""
     blocks_held: int
-    """Blocks in use while the step ran."""
+    """Blocks in use while the step ran, without those that only a guess at further tokens needs."""
     blocks_separate: int
     """Blocks that as many separate requests would have used."""
 
