@@ -85,6 +85,26 @@ class FanOut(Random):
         )
 
 
+class Drafts(Random):
+    """Greedy, and guesses that the text goes on as the fake model likes it to; keeps what proves right."""
+
+    def step(self, logits, metadata):
+        best = logits.argmax(-1)
+        drafts = torch.full_like(best, -1) if metadata.drafts is None else metadata.drafts
+        first = torch.ones(len(best), dtype=torch.bool)
+        first[1:] = drafts[:-1] < 0
+        parents = self.accept(drafts, best, first)
+        tokens = best[parents][:, None]
+        return SamplerOutput(
+            parents=parents, tokens=tokens, drafts=torch.cat([tokens % 3 + 1, (tokens + 1) % 3 + 1], 1)
+        )
+
+    def accept(self, drafts, best, first):
+        wrong = drafts != best
+        earlier = wrong.cumsum(0) - wrong.long()
+        return (wrong & (earlier == earlier[first][first.cumsum(0) - 1])).nonzero().flatten()
+
+
 def make_part(factory, kind="samplers", spec=specs.SamplerSpec, **fields):
     made = spec(name="acme", help="h", factory=factory, **fields)
     return Part(kind=kind, spec=made, plugin="acme", distribution="acme", version="1.0")
@@ -108,6 +128,7 @@ class FanKit(Kit):
 
 GOOD_SAMPLERS = {
     "random": (Kit(), make_part(Random, params_type=SamplingParams)),
+    "drafts": (Kit(), make_part(Drafts, params_type=SamplingParams, capabilities={"drafts", "greedy-invariant"})),
     "fan-out": (FanKit(), make_part(FanOut, params_type=FanParams, capabilities={"forks", "per-row-work"})),
 }
 
@@ -220,18 +241,11 @@ class BreaksInEngines(Random):
             raise OSError
 
 
-class Drafts(Random):
-    """Guesses that token 0 follows, and then believes nothing of it."""
+class Trusts(Drafts):
+    """Keeps every guess."""
 
-    def step(self, logits, metadata):
-        output = super().step(logits, metadata)
-        drafted = torch.zeros(len(logits), dtype=torch.bool)
-        if metadata.drafts is not None:
-            drafted[1:] = metadata.drafts[:-1] >= 0
-        firsts = (~drafted).nonzero().flatten()
-        return SamplerOutput(
-            parents=firsts, tokens=output.tokens[firsts], drafts=torch.zeros_like(output.tokens[firsts])
-        )
+    def accept(self, drafts, best, first):
+        return (drafts < 0).nonzero().flatten()
 
 
 class Holds(Random):
@@ -287,6 +301,12 @@ def test_a_bad_sampler_is_caught(case):
     capabilities = {"greedy-invariant"} if check == "test_greedy_is_the_most_likely" else ()
     with pytest.raises(AssertionError, match=message):
         getattr(Kit(), check)(make_part(sampler, params_type=SamplingParams, capabilities=capabilities))
+
+
+def test_unverified_drafts_are_caught():
+    part = make_part(Trusts, params_type=SamplingParams, capabilities={"drafts", "greedy-invariant"})
+    with pytest.raises(AssertionError, match=r"temperature=0\.0\): \[.*\], not \["):
+        Kit().test_greedy_is_the_most_likely(part)
 
 
 def test_a_row_that_was_streamed_is_not_dropped():

@@ -30,10 +30,13 @@ from folo_core.testing.trials import (
     difference,
     mentions,
     prompt_of,
+    repeating_logits,
     trial_params,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from folo_core.plugins.registry import Part, Registry
 
 OPERATORS_MAY_GROW = 2.0
@@ -41,6 +44,7 @@ OPERATORS_MAY_GROW = 2.0
 CALLS_PER_ROW = 32
 """And may call at most this many functions more for each row more."""
 _MORE = 16
+_MOST_REQUESTS = 32
 
 
 class SamplerConformance(PartConformance):
@@ -59,11 +63,21 @@ class SamplerConformance(PartConformance):
         sampler: Sampler = part.build(make_context(vocab_size=self.vocab_size, registry=_registry(part), **fields))
         return sampler
 
+    def logits_of(self, part: Part) -> Callable[[Sequence[int], int], torch.Tensor]:
+        """Stand-in for the model: random, but where tokens are drafted, a text that repeats itself."""
+        return repeating_logits if "drafts" in part.spec.capabilities else logits_of
+
+    def harness(self, part: Part, **fields: Any) -> SamplerHarness:  # noqa: ANN401 (the harness judges them)
+        """Return a harness around a fresh sampler, or the given one."""
+        given = {"sampler": None, "logits_of": self.logits_of(part)} | fields
+        sampler = given.pop("sampler") or self.build(part)
+        return SamplerHarness(sampler, self.vocab_size, **given)
+
     def outputs(self, part: Part, numbers: list[int], **harness: Any) -> dict[str, list[list[int]]]:  # noqa: ANN401 (the harness judges them)
         """Run the requests with these numbers together, in this order, in a fresh sampler."""
         params = self.params(part)
         requests = [make_request(f"r{n}", params[n], prompt=range(1, 2 + n)) for n in numbers]
-        return SamplerHarness(self.build(part), self.vocab_size, **harness).run(requests, self.steps)
+        return self.harness(part, **harness).run(requests, self.steps)
 
     def numbers(self, part: Part) -> list[int]:
         """A number for each of ``params``."""
@@ -73,7 +87,7 @@ class SamplerConformance(PartConformance):
         """Run all requests and return what was seen."""
         watched, params = Watched(self.build(part)), self.params(part)
         requests = [make_request(f"r{n}", params[n], prompt=range(1, 2 + n)) for n in self.numbers(part)]
-        SamplerHarness(watched, self.vocab_size).run(requests, self.steps)
+        self.harness(part, sampler=watched).run(requests, self.steps)
         return watched
 
     # --- the parameters ---
@@ -132,7 +146,7 @@ class SamplerConformance(PartConformance):
 
     def test_finish_returns_what_ended(self, part: Part) -> None:
         """No answer is lost: of what ended, ``n`` at least are returned."""
-        params, harness = self.params(part), SamplerHarness(self.build(part), self.vocab_size)
+        params, harness = self.params(part), self.harness(part)
         requests = [make_request(f"r{n}", params[n], prompt=range(1, 2 + n)) for n in self.numbers(part)]
         for request in requests:
             harness.add(request)
@@ -169,7 +183,7 @@ class SamplerConformance(PartConformance):
     def test_late_arrival_does_not_matter(self, part: Part) -> None:
         """A request that joins a running batch, which another one leaves, gets the tokens it gets alone."""
         params = self.params(part)
-        harness = SamplerHarness(self.build(part), self.vocab_size)
+        harness = self.harness(part)
         early, late = make_request("early", params[0]), make_request("late", params[-1])
         harness.add(early)
         harness.step()
@@ -178,14 +192,15 @@ class SamplerConformance(PartConformance):
             harness.step()
             if step == self.steps // 2:
                 harness.end(early)
-        expected = SamplerHarness(self.build(part), self.vocab_size).run([make_request("late", params[-1])], self.steps)
+        expected = self.harness(part).run([make_request("late", params[-1])], self.steps)
         require(harness.end(late) == expected["late"], "joining a running batch changes tokens")
 
     def test_masked_tokens_are_never_chosen(self, part: Part) -> None:
         """A token whose logit is -inf has probability 0."""
+        model = self.logits_of(part)
 
-        def odd_masked(history: Any, vocab_size: int) -> torch.Tensor:  # noqa: ANN401 (token ids)
-            logits = logits_of(history, vocab_size)
+        def odd_masked(history: Sequence[int], vocab_size: int) -> torch.Tensor:
+            logits = model(history, vocab_size)
             logits[1::2] = -torch.inf
             return logits
 
@@ -198,22 +213,23 @@ class SamplerConformance(PartConformance):
         if "greedy-invariant" not in part.spec.capabilities:
             pytest.skip("'greedy-invariant' is not among its capabilities")
         for number, params in enumerate(self.params(part)):
+            model = self.logits_of(part)
             greedy, prompt = attrs.evolve(params, temperature=0.0), list(range(1, 3 + number))
-            harness = SamplerHarness(self.build(part), self.vocab_size)
+            harness = self.harness(part)
             best = harness.run([make_request("greedy", greedy, prompt=prompt)], self.steps)["greedy"][0]
             expected = list(prompt)
             for _ in best:
-                expected.append(int(logits_of(expected, self.vocab_size).argmax()))
+                expected.append(int(model(expected, self.vocab_size).argmax()))
             require(best and best == expected[len(prompt) :], f"{greedy}: {best}, not {expected[len(prompt) :]}")
 
     def test_ended_requests_leave_no_state(self, part: Part) -> None:
         """After ``remove_request`` nothing is kept under the request's id, and the id can come again."""
         sampler = self.build(part)
         params = self.params(part)[0]
-        first = SamplerHarness(sampler, self.vocab_size).run([make_request("again", params)], self.steps)
+        first = self.harness(part, sampler=sampler).run([make_request("again", params)], self.steps)
         kept = mentions(sampler, "again")
         require(not kept, f"after remove_request the id is still in {kept[1:]}")
-        second = SamplerHarness(sampler, self.vocab_size).run([make_request("again", params)], self.steps)
+        second = self.harness(part, sampler=sampler).run([make_request("again", params)], self.steps)
         require(first == second, "the same request gives other tokens the second time")
 
     def test_cost_of_a_step(self, part: Part) -> None:
@@ -243,9 +259,9 @@ class SamplerConformance(PartConformance):
         """Count the work of all steps but the first for equal requests, with nothing left to be imported."""
         seeded = attrs.evolve(params, seed=7)
         requests = [[make_request(f"{life}-{n}", seeded) for n in range(count)] for life in ("warm", "real")]
-        meter = Meter(self.build(part), unit)
+        meter, cached = Meter(self.build(part), unit), _cached(self.logits_of(part))
         for life in requests:
-            harness = SamplerHarness(meter, self.vocab_size, _cached_logits())
+            harness = self.harness(part, sampler=meter, logits_of=cached)
             for request in life:
                 harness.add(request)
             harness.step()
@@ -282,12 +298,12 @@ class SamplerConformance(PartConformance):
 
     def test_preemption_does_not_matter(self, part: Part) -> None:
         """Short of memory, so that requests are thrown out and computed anew, every answer stays the same."""
-        numbers = self.numbers(part)
-        expected = self.trial(part).add(numbers).run().answers()
-        most = self.trial(part).most_blocks()
-        for num_blocks in range(most, 2 * most + 1, max(1, most // 8)):
-            short = self.trial(part, num_blocks=num_blocks).add(numbers).run()
-            found = difference(expected, short.answers(), "with memory", f"with {num_blocks} blocks")
+        for copies in (1, 2, 4, 8):
+            params = (self.params(part) * copies)[:_MOST_REQUESTS]
+            numbers = range(len(params))
+            plenty = EngineTrial(part, params).add(numbers).run()
+            short = EngineTrial(part, params, num_blocks=plenty.most_blocks()).add(numbers).run()
+            found = difference(plenty.answers(), short.answers(), "with memory", "without")
             require(not found, f"{found}: preemption changes the answer: keep what a row needs in scores and tags")
             if any(output.metrics and output.metrics.num_preemptions for output in short.final.values()):
                 return
@@ -373,13 +389,13 @@ def _all_installed() -> Registry:
     return load_registry()
 
 
-def _cached_logits() -> Any:  # noqa: ANN401 (a function as the harness wants it)
+def _cached(model: Callable[[Sequence[int], int], torch.Tensor]) -> Callable[[Sequence[int], int], torch.Tensor]:
     known: dict[tuple[int, ...], torch.Tensor] = {}
 
-    def cached(history: Any, vocab_size: int) -> torch.Tensor:  # noqa: ANN401 (token ids)
+    def cached(history: Sequence[int], vocab_size: int) -> torch.Tensor:
         key = tuple(history)
         if key not in known:
-            known[key] = logits_of(key, vocab_size)
+            known[key] = model(key, vocab_size)
         return known[key]
 
     return cached

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 _PLUGIN = "folo-conformance"
 _FEWEST = 4
+_BLOCK_SIZE = 4
+_INSISTENCE = 8.0
 _DEPTH = 4
 """How far ``mentions`` follows attributes and containers."""
 _LONGEST_TRIAL = 300
@@ -54,6 +56,22 @@ def trial_params(spec: SamplerSpec) -> list[SamplingParams]:
         chosen += [SamplingParams(n=3, seed=7), SamplingParams(n=2, best_of=4, temperature=0.7)]
     chosen = chosen or [SamplingParams(seed=7), SamplingParams()]
     return chosen * -(-_FEWEST // len(chosen))
+
+
+def repeating_logits(history: Sequence[int], vocab_size: int) -> torch.Tensor:
+    """Logits, float32 ``[vocab_size]``, of a text that mostly repeats itself, so that most guesses at it come true."""
+    logits = logits_of(history[-1:], vocab_size)
+    if len(history) % 5:
+        logits[history[-1] % 3 + 1] += _INSISTENCE
+    return logits
+
+
+class _RepeatingModel(FakeModel):
+    """``repeating_logits`` as a model."""
+
+    def logits_after(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Return the next token's logits, float32 ``[vocab]``, after these tokens."""
+        return repeating_logits(tokens, self.info.vocab_size)
 
 
 class FakeSideModel:
@@ -167,13 +185,16 @@ class EngineTrial:
     ) -> None:
         self.part = part
         self.params = [fit_params(p, number, new_tokens) for number, p in enumerate(params)]
-        self.model = FakeModel()
+        self.model = _RepeatingModel() if "drafts" in part.spec.capabilities else FakeModel()
         self.samplers: list[Sampler] = []
         self.final: dict[str, RequestOutput] = {}
         self.outputs_seen = 0
         # Under a name and a params class of its own it clashes with nothing that is installed.
         spec = SamplerSpec(name="tried", help="under test", factory=self._build, params_type=_TriedParams)
-        components = fake_components(self.model, plugins=[_Offer(spec)], num_blocks=num_blocks)
+        length = min(self.model.info.max_model_len, num_blocks * _BLOCK_SIZE)
+        components = fake_components(
+            self.model, plugins=[_Offer(spec)], num_blocks=num_blocks, block_size=_BLOCK_SIZE, max_model_len=length
+        )
         name = f"{_PLUGIN}:{spec.name}"
         require(self.samplers, f"{part.qualified_name}: its factory fails in an engine: see the log for the reason")
         claims = dict.fromkeys([*SamplingType, *{type(p) for p in self.params}], (name,))
