@@ -81,7 +81,7 @@ def params_to_rank(draw) -> SamplingParams:
         "temperature": draw(st.sampled_from([0.3, 1.0, 2.0])),
         "top_k": draw(st.sampled_from([0, 5])),
         "top_p": draw(st.sampled_from([1.0, 0.8])),
-        "seed": draw(strategies.seeds),
+        "seed": draw(st.integers(0, 2**63 - 1)),
         "max_tokens": draw(st.integers(1, 12)),
     }
     length_penalty = draw(st.sampled_from([None, 0.0, 1.0, 2.0, -1.0, 0.37]))
@@ -242,3 +242,17 @@ def test_streams(n, kind):
         assert (early > 0) == (kind == "cumulative")
         assert [a.token_ids for a in final.outputs] == [a.token_ids for a in expected.outputs]
         assert [a.text for a in final.outputs] == [a.text for a in expected.outputs]
+
+
+def test_while_a_request_runs_its_outputs_name_each_candidate_by_its_sequence_index():
+    engine, _ = make_engine(ending_model())
+    engine.add_request("a", PROMPT, SamplingParams(n=5, seed=1, max_tokens=12))
+    request, ended_late = engine.requests["a"], 0
+    while engine.has_unfinished_requests:
+        outputs = engine.step()
+        by_index = {sequence.index: sequence.data.output_token_ids for sequence in request.get_seqs()}
+        for answer in outputs[0].outputs if not outputs[0].finished else ():
+            assert answer.token_ids == by_index[answer.index]
+            ended_late += answer.finished and len(answer.token_ids) > 1
+    assert ended_late
+    assert [answer.index for answer in outputs[0].outputs] == [0, 1, 2, 3, 4]

@@ -130,7 +130,10 @@ class OutputProcessor:
             request_id=request.request_id,
             prompt=request.prompt,
             prompt_token_ids=list(request.prompt_token_ids),
-            outputs=[self._completion(request, s, place, delta=delta) for place, s in enumerate(sequences)],
+            outputs=[
+                self._completion(request, s, place if finished and not delta else s.index, delta=delta)
+                for place, s in enumerate(sequences)
+            ],
             finished=finished,
             prompt_logprobs=request.prompt_logprobs if request.params.prompt_logprobs is not None else None,
             num_cached_tokens=max((s.num_cached_tokens for s in sequences), default=0),
@@ -142,14 +145,14 @@ class OutputProcessor:
         """Drop what is kept about a sequence that has ended and been reported."""
         self._sent.pop(sequence.seq_id, None)
 
-    def _completion(self, request: Request, sequence: Sequence, place: int, *, delta: bool) -> CompletionOutput:
+    def _completion(self, request: Request, sequence: Sequence, index: int, *, delta: bool) -> CompletionOutput:
         text, ready = self._visible_text(request, sequence)
         tokens, logprobs = sequence.data.output_token_ids, sequence.logprobs
         chars, count = self._sent.get(sequence.seq_id, (0, 0)) if delta else (0, 0)
         if delta:
             self._sent[sequence.seq_id] = (ready, len(tokens))
         return CompletionOutput(
-            index=sequence.index if delta or not sequence.is_finished else place,
+            index=index,
             text=text[chars:ready],
             token_ids=tokens[count:],
             cumulative_logprob=sequence.data.cumulative_logprob,
