@@ -92,13 +92,13 @@ class Banks:
             raise ParamsError(message)
         encoded = (tokenizer.encode(p, add_special_tokens=False) if isinstance(p, str) else p for p in given)
         phrases = tuple(dict.fromkeys(map(tuple, encoded)))
-        phrases = tuple(p for p in phrases if not any(p != other and _holds(other, p) for other in phrases))
         if any(not phrase or not set(ends).isdisjoint(phrase) for phrase in phrases):
             message = f"must_include: {show(given)}: a phrase has no tokens, or one that ends the answer: leave it out"
             raise ParamsError(message)
+        phrases = tuple(p for p in phrases if not any(p != other and _holds(other, p) for other in phrases))
         most = request.params.max_tokens or 0
         if sum(map(len, phrases)) > most:
-            message = f"must_include: {sum(map(len, phrases))} tokens: must fit max_tokens ({most}), less what is there"
+            message = f"must_include: {sum(map(len, phrases))} tokens: must fit max_tokens ({most}): shorten them"
             raise ParamsError(message)
         return cls(phrases)
 
