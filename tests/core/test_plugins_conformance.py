@@ -380,6 +380,37 @@ def test_a_sampler_gets_what_it_declares():
         Kit().test_ended_requests_leave_no_state(make_part(Hoards, capabilities=needs))
 
 
+SECTION = '''
+    import attrs
+    from folo_core.plugins import hookimpl
+    from folo_core.plugins.specs import ConfigSectionSpec
+
+    @attrs.frozen(kw_only=True)
+    class Section:
+        guide: str = "none"
+
+    @hookimpl
+    def folo_config_sections():
+        """Offer it."""
+        return [ConfigSectionSpec(name="acme-section", help="h", section_type=Section)]
+'''
+
+
+def test_a_sampler_gets_the_configuration_that_its_examples_need(site):
+    site.install("acme-section", SECTION)
+    guides = []
+
+    class Configured(Random):
+        def __init__(self, context):
+            super().__init__(context)
+            guides.append(context.config.plugins["acme-section"].guide)
+
+    part = make_part(Configured, example_sections={"acme-section": {"guide": "some"}})
+    Kit().test_is_a_sampler(part)
+    Kit().test_blocks_come_back(part)
+    assert guides == ["some", "some"]
+
+
 def needing_history(sampler):
     return type("NeedsHistory", (sampler,), {"needs_history": True})
 

@@ -57,6 +57,8 @@ class SamplerSpec(Spec):
     """For samplers of plain SamplingParams: which sampling types they serve. Empty for a params class of its own."""
     examples: Callable[[], Sequence[SamplingParams]] | None = None
     """Parameters that show what the strategy can do, for the conformance kit to try besides the defaults."""
+    example_sections: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict, hash=False)
+    """Sections ``[plugins.NAME]`` of the configuration that the examples need, by name."""
 
 
 @attrs.frozen(kw_only=True)

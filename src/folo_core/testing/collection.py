@@ -72,6 +72,7 @@ class Check(pytest.Item):
         """Show what the kit found without the kit's own traceback; a plugin's exceptions come with theirs."""
         if isinstance(excinfo.value, ConformanceError):
             return f"{excinfo.value}\n\nWhat is checked: {inspect.getdoc(getattr(self.suite, self.method))}"
+        excinfo.traceback = excinfo.traceback.cut(path=__file__)
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[Path, int | None, str]:

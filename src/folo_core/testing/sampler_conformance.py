@@ -19,7 +19,7 @@ from folo_core.sampling.interface import Sampler
 from folo_core.sampling_params import SamplingParams
 from folo_core.testing.builders import logits_of, make_context, make_request
 from folo_core.testing.capabilities import SAMPLER_CAPABILITIES
-from folo_core.testing.fakes import fake_components
+from folo_core.testing.fakes import FakeModel
 from folo_core.testing.harness import SamplerHarness, require
 from folo_core.testing.installed import PartConformance, load_with
 from folo_core.testing.trials import (
@@ -31,6 +31,7 @@ from folo_core.testing.trials import (
     mentions,
     prompt_of,
     repeating_logits,
+    trial_components,
     trial_params,
 )
 
@@ -60,6 +61,8 @@ class SamplerConformance(PartConformance):
     def build(self, part: Part) -> Sampler:
         """A fresh sampler, with what its declared capabilities ask for."""
         fields = context_fields(part.spec, self.vocab_size)
+        if part.spec.example_sections:
+            fields["config"] = trial_components(FakeModel(), part).config
         sampler: Sampler = part.build(make_context(vocab_size=self.vocab_size, registry=_registry(part), **fields))
         return sampler
 
@@ -280,9 +283,9 @@ class SamplerConformance(PartConformance):
 
     def test_its_params_reach_it(self, part: Part) -> None:
         """Beside all other installed plugins, an engine gives its requests to this sampler."""
-        if "needs-model" in part.spec.capabilities or not _is_installed(part):
-            pytest.skip("it needs a second model, which this check's engine lacks, or is not installed as a plugin")
-        components = fake_components()
+        if not _is_installed(part):
+            pytest.skip("it is not installed as a plugin")
+        components = trial_components(FakeModel(), part)
         for params in self.params(part):
             try:
                 found = components.sampler_for(params)

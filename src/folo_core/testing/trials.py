@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import sys
+import zlib
 from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -14,18 +15,22 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from folo_core.components import SamplerTable
+from folo_core.config import EngineConfig
 from folo_core.engine.engine import Engine
+from folo_core.plugins.assembly import build_components
 from folo_core.plugins.hookspecs import hookimpl
+from folo_core.plugins.manager import load_registry
 from folo_core.plugins.specs import SamplerSpec
 from folo_core.sampling import rng
 from folo_core.sampling_params import SamplingParams, SamplingType
 from folo_core.testing.builders import logits_of
-from folo_core.testing.fakes import FakeModel, FakeTokenizer, fake_components
+from folo_core.testing.fakes import FakeModel, FakePlugin, FakeTokenizer
 from folo_core.testing.harness import require
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from folo_core.components import Components
     from folo_core.outputs import RequestOutput
     from folo_core.plugins.registry import Part
     from folo_core.request import Request
@@ -37,6 +42,7 @@ _PLUGIN = "folo-conformance"
 _FEWEST = 4
 _BLOCK_SIZE = 4
 _INSISTENCE = 8.0
+_STATES = 509
 _DEPTH = 4
 """How far ``mentions`` follows attributes and containers."""
 _LONGEST_TRIAL = 300
@@ -82,13 +88,15 @@ class FakeSideModel:
         self.max_model_len = 1 << 20
         self.num_computed_tokens = 0
         self.keys: set[Any] = set()
+        # One look-up for all rows: what the fake does is counted as the sampler's work.
+        self._table = torch.randn((_STATES, vocab_size), generator=torch.Generator().manual_seed(1))
 
     def logits(self, keys: Sequence[Any], histories: Sequence[Sequence[int]]) -> torch.Tensor:
         """Return the logits after each history, float32 ``[rows, vocab]``."""
         self.keys.update(keys)
         self.num_computed_tokens += sum(map(len, histories))
-        rows = [logits_of([-1, *history], self.vocab_size) for history in histories]
-        return torch.stack(rows) if rows else torch.empty((0, self.vocab_size))
+        rows = [zlib.crc32(repr(history).encode()) % len(self._table) for history in histories]
+        return self._table[rows]
 
     def forget(self, key: Any) -> None:  # noqa: ANN401 (any hashable)
         """Drop one key."""
@@ -177,6 +185,15 @@ class _Offer:
         return [self.spec]
 
 
+def trial_components(model: FakeModel, part: Part, *plugins: object, **options: Any) -> Components:  # noqa: ANN401 (engine options)
+    """The parts of an engine around a fake model, with the configuration's sections that ``part`` asks for."""
+    settings = {"model": "fake", "loader": "fake", "attention": "fake", "num_blocks": 512, "block_size": _BLOCK_SIZE}
+    sections = {name: dict(section) for name, section in part.spec.example_sections.items()}
+    config = EngineConfig.from_options(**(settings | options), plugins=sections)
+    fake = FakePlugin(model, FakeTokenizer(model.info.vocab_size))
+    return build_components(config, load_registry(extra=[fake, *plugins]))
+
+
 class EngineTrial:
     """A real engine over a fake model, whose every request goes to the sampler under test."""
 
@@ -192,9 +209,7 @@ class EngineTrial:
         # Under a name and a params class of its own it clashes with nothing that is installed.
         spec = SamplerSpec(name="tried", help="under test", factory=self._build, params_type=_TriedParams)
         length = min(self.model.info.max_model_len, num_blocks * _BLOCK_SIZE)
-        components = fake_components(
-            self.model, plugins=[_Offer(spec)], num_blocks=num_blocks, block_size=_BLOCK_SIZE, max_model_len=length
-        )
+        components = trial_components(self.model, part, _Offer(spec), num_blocks=num_blocks, max_model_len=length)
         name = f"{_PLUGIN}:{spec.name}"
         require(self.samplers, f"{part.qualified_name}: its factory fails in an engine: see the log for the reason")
         claims = dict.fromkeys([*SamplingType, *{type(p) for p in self.params}], (name,))
