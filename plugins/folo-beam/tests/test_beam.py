@@ -216,6 +216,18 @@ def test_min_tokens_and_ignore_eos_hold():
     assert {len(c.token_ids) for output in outputs for c in output.outputs} == {10}
 
 
+def test_early_stopping_saves_steps():
+    model = likely_end(make_engine()[1])
+
+    def steps(early):
+        params = BeamParams(width=4, max_tokens=24, early_stopping=early)
+        return [search(params, [prompt], model=model)[1].step_count for prompt in PROMPTS]
+
+    at_once, when_hopeless, never = map(steps, (True, False, "never"))
+    assert all(a <= b <= c for a, b, c in zip(at_once, when_hopeless, never, strict=True))
+    assert sum(at_once) < sum(when_hopeless) < sum(never)
+
+
 def test_nothing_is_streamed_before_the_end_of_a_search():
     engine, _ = make_engine()
     engine.add_request("r", PROMPTS[0], BeamParams(width=3, max_tokens=6, output_kind="DELTA", ignore_eos=True))

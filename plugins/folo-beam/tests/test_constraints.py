@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from engines import assert_clean, make_engine, make_llm, run
 from folo_beam import BeamParams
 from folo_beam import sampler as sampler_module
-from folo_beam.constraints import Banks
+from folo_beam.constraints import Banks, _deal
 from folo_core.errors import ParamsError
 from folo_core.testing.fakes import FAKE_VOCAB, FakeModel
 
@@ -84,6 +84,20 @@ def test_a_phrase_is_included_where_it_costs_least():
     assert min(places) < 14
     last = answer(BeamParams(width=1, max_tokens=16, must_include=[wanted], ignore_eos=True))
     assert contains(last[0].token_ids, wanted)
+
+
+@pytest.mark.parametrize(
+    ("banks", "number", "width", "chosen"),
+    [
+        ({0: [0, 1, 2, 3], 1: [4, 5, 6, 7]}, 2, 4, {0, 1, 4, 5}),
+        ({0: [0, 1, 2, 3], 1: [4, 5, 6, 7]}, 2, 5, {0, 1, 2, 4, 5}),
+        ({0: [0], 2: [1, 2, 3, 4, 5]}, 3, 5, {0, 1, 2, 3, 4}),
+        ({1: [0, 1, 2], 2: [3, 4, 5]}, 3, 4, {0, 1, 2, 3}),
+        ({1: [5]}, 2, 4, {5}),
+    ],
+)
+def test_places_are_dealt_evenly_and_what_is_left_to_those_that_miss_least(banks, number, width, chosen):
+    assert _deal(banks, number, width) == chosen
 
 
 def test_overlaps_count_and_interrupted_phrases_begin_anew():
