@@ -24,6 +24,7 @@ DISTRIBUTIONS = {
     "folo-trace": "folo_trace",
     "folo-tree-search": "folo_tree_search",
     "folo-third-party-sampler": "folo_third_party_sampler",
+    "folo-third-party-strategy": "folo_third_party_strategy",
 }
 
 
@@ -42,7 +43,7 @@ def check_sources(root: Path) -> None:
         assert (folder / "py.typed").is_file(), f"{package} has no py.typed"
         metadata = importlib.metadata.metadata(distribution)
         assert metadata["License-Expression"] == "Apache-2.0", distribution
-        if distribution != "folo-third-party-sampler":
+        if not distribution.startswith("folo-third-party-"):
             assert "LICENSE" in (metadata.get_all("License-File") or []), f"{distribution} carries no licence text"
 
 
@@ -75,12 +76,28 @@ def check_third_party_sampler() -> None:
     assert "typical" in table.find(params[0])
 
 
+def check_third_party_strategy() -> None:
+    """Another one, whose rows fork, carry numbers and are pruned, runs in a batch with plain requests."""
+    from folo_core import LLM, SamplingParams
+    from folo_third_party_strategy import StochasticBeamParams
+
+    llm = LLM("demo", max_model_len=256)
+    params = [StochasticBeamParams(k=4, n=4, seed=3, max_tokens=8), SamplingParams(temperature=0.0, max_tokens=8)]
+    drawn, plain = llm.generate(["The capital of France is"] * len(params), params, use_tqdm=False)
+    texts = {tuple(output.token_ids) for output in drawn.outputs}
+    scores = [output.score for output in drawn.outputs]
+    assert len(texts) == 4, "a text was drawn twice"
+    assert scores == sorted(scores, reverse=True), scores
+    assert "Paris" in plain.outputs[0].text, "its neighbour was disturbed"
+
+
 def main() -> None:
     """Check everything; an assertion names what is wrong."""
     check_sources(Path(sys.argv[1]))
     check_plugins()
     check_command_line()
     check_third_party_sampler()
+    check_third_party_strategy()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in DISTRIBUTIONS)
     print(f"installed from wheels and working: {versions}")
 
