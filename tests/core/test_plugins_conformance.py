@@ -340,6 +340,15 @@ def test_a_check_that_shows_nothing_fails():
         Short().test_abort_leaves_nothing(make_part(Random, params_type=SamplingParams))
 
 
+@pytest.mark.parametrize("unit", ["operators", "calls"])
+def test_the_cost_of_a_step_is_a_count_and_stable(unit):
+    part = make_part(Random, params_type=SamplingParams)
+    costs = [Kit()._cost(part, SamplingParams(), 4, unit) for _ in range(3)]
+    assert len({cost.count for cost in costs}) == 1
+    assert costs[0].count > 10
+    assert costs[0].rows == 12
+
+
 def test_what_never_happens_is_skipped_with_the_reason():
     part = make_part(Random, params_type=SamplingParams, capabilities={"drafts"})
     with pytest.raises(pytest.skip.Exception, match="declared drafts, which never happened"):
