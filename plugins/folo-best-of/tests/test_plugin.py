@@ -24,25 +24,9 @@ class TestPlugin(PluginConformance):
 class TestFanOut(SamplerConformance):
     plugin, name = "folo-best-of", "fan-out"
 
-    def params(self, part):
-        return [
-            SamplingParams(n=2, best_of=5),
-            SamplingParams(n=4, top_k=5, seed=1),
-            SamplingParams(best_of=3, top_p=0.8, temperature=1.5),
-            SamplingParams(n=2, min_p=0.1, seed=-3, max_tokens=None),
-        ]
-
 
 class TestBestOf(SamplerConformance):
     plugin, name = "folo-best-of", "best-of"
-
-    def params(self, part):
-        return [
-            BestOfParams(),
-            BestOfParams(n=2, best_of=5, length_penalty=1.0, seed=9),
-            BestOfParams(n=3, best_of=4, length_penalty=-0.5, early_stop=False),
-            BestOfParams(best_of=3, length_penalty=2.0, max_tokens=None),
-        ]
 
 
 @pytest.mark.parametrize("spec", plugin.folo_samplers(), ids=lambda spec: spec.name)
