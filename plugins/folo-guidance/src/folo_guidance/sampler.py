@@ -26,8 +26,8 @@ _LEAST = -1e4
 class GuidanceSampler:
     """Guidance by a second model that reads along with every row.
 
-    The combination is classifier-free guidance (Sanchez et al., 2023, eq. 7) and, with a weaker model as the guide,
-    contrastive decoding (Li et al., 2023; O'Brien and Lewis, 2023), whose plausibility constraint it has too.
+    The combination is classifier-free guidance (Sanchez et al., 2023) and, with a weaker model as the guide,
+    contrastive decoding (O'Brien and Lewis, 2023), with its plausibility constraint (Li et al., 2023).
     """
 
     needs_history = True

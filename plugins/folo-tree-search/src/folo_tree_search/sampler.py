@@ -50,6 +50,7 @@ class _Tree:
 
     def __init__(self, request: Request) -> None:
         self.request, self.params = request, cast("TreeSearchParams", request.params)
+        self.stops = frozenset(self.params.segment_stop_token_ids)
         self.points: list[_Point] = []
         self.num_expanded = self.num_judged = 0
         self.is_closing = False
@@ -84,8 +85,7 @@ class _Tree:
             self.num_judged += 1
 
     def _ends_segment(self, sequence: Sequence, grown: int) -> bool:
-        stops = self.params.segment_stop_token_ids
-        return grown >= self.params.segment_tokens or bool(stops and sequence.data.last_token_id in stops)
+        return grown >= self.params.segment_tokens or bool(self.stops and sequence.data.last_token_id in self.stops)
 
     def _decide(self, rows: _Rows, ends: list[_Point], leaves: list[int]) -> list[int]:
         """Branch from the best leaves, for which the worst ones make room, or end the search."""
