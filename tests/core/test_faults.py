@@ -165,9 +165,14 @@ class BrokenSampler(TreeSampler):
         return SamplerOutput(parents=parents, tokens=tokens)
 
     def finish(self, request: Any) -> list[Any]:
-        if self.fault == "finish raises":
-            message = "ranking broke"
-            raise ZeroDivisionError(message)
+        match self.fault:
+            case "finish raises":
+                message = "ranking broke"
+                raise ZeroDivisionError(message)
+            case "finish returns another's":
+                return [attrs.evolve(sequence, seq_id=sequence.seq_id + 100) for sequence in request.finished]
+            case "finish returns one twice":
+                return [*request.finished, *request.finished]
         return super().finish(request)
 
 
@@ -191,11 +196,27 @@ def test_a_faulty_sampler_ends_only_its_own_requests(fault: str) -> None:
     assert_neighbour_unharmed(final)
 
 
-def test_a_sampler_that_fails_to_rank_costs_the_order_but_not_the_answers() -> None:
-    engine, _ = make_engine(plugins=[SamplerPlugin(BrokenSampler("finish raises"))])
+@pytest.mark.parametrize("fault", ["finish raises", "finish returns another's", "finish returns one twice"])
+def test_a_sampler_that_fails_to_rank_costs_the_order_but_not_the_answers(fault: str) -> None:
+    engine, _ = make_engine(plugins=[SamplerPlugin(BrokenSampler(fault))])
     final = run_beside_neighbour(engine, TreeParams(max_tokens=2, ignore_eos=True))
-    assert "ranking broke" in str(final["v"].error)
+    assert ("ranking broke" if fault == "finish raises" else "expected some of the request's own") in str(
+        final["v"].error
+    )
+    assert final["v"].error.plugin == "test-sampler"
     assert len(final["v"].outputs[0].token_ids) == 2
+    assert_neighbour_unharmed(final)
+
+
+def test_more_rows_than_were_reserved_end_their_request_alone() -> None:
+    class Greedy(TreeSampler):
+        def step(self, logits: torch.Tensor, metadata: Any) -> SamplerOutput:
+            parents = torch.arange(metadata.num_rows).repeat_interleave(2)
+            return SamplerOutput(parents=parents, tokens=logits[parents].argmax(1)[:, None])
+
+    engine, _ = make_engine(plugins=[SamplerPlugin(Greedy())])
+    final = run_beside_neighbour(engine, TreeParams(width=3, max_tokens=9, ignore_eos=True))
+    assert "goes on with 4 rows, num_sequences of its TreeParams reserved 3" in str(final["v"].error)
     assert_neighbour_unharmed(final)
 
 

@@ -301,7 +301,16 @@ class Engine:
             self._observe_branches(request, sample, before, rows, lengths)
         if request.is_finished:
             return self._finish(request)
+        if len(request.live) > request.width:
+            return self._end_early(request, SequenceStatus.FINISHED_ERROR, self._too_wide(request))
         return self.outputs.output(request, rows, finished=False)
+
+    def _too_wide(self, request: Request) -> FoloError:
+        message = (
+            f"request {request.request_id!r}: sampler {request.sampler!r} goes on with {len(request.live)} rows, "
+            f"num_sequences of its {type(request.params).__name__} reserved {request.width}"
+        )
+        return FoloError(message)
 
     def _reparent(self, request: Request, sample: RequestSample) -> list[Sequence]:
         """Arrange the live sequences as the sampler says: each new row continues the row it names.

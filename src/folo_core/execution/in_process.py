@@ -44,8 +44,21 @@ class InProcessExecutor:
         return FinishedStep(self.runner.run(scheduled))
 
     def rank(self, request: Request) -> list[Sequence]:
-        """Ask the request's sampler for its ended sequences, best first."""
-        ranked: list[Sequence] = self.runner.stage.samplers[request.sampler].part.finish(request)
+        """Ask the request's sampler for its ended sequences, best first.
+
+        Raises:
+            PluginError: the sampler raised, or returned what is not the request's own, or one sequence twice.
+        """
+        named = self.runner.stage.samplers[request.sampler]
+        try:
+            ranked: list[Sequence] = named.part.finish(request)
+            own = {sequence.seq_id for sequence in request.finished}
+            found = [sequence.seq_id for sequence in ranked]
+            if not own.issuperset(found) or len(set(found)) < len(found):
+                message = f"finish returned sequences {found}: expected some of the request's own {sorted(own)}, once"
+                raise ValueError(message)  # noqa: TRY301 (a wrong answer is a fault like any other)
+        except Exception as error:
+            raise named.fault("sampler", error) from error
         return ranked
 
     def remove_request(self, request_id: str) -> None:

@@ -153,7 +153,9 @@ class Watched:
             if sequence not in children:
                 self.seen["prunes"] += 1
                 self.pruned[request_id] = self.pruned.get(request_id, 0) + 1
-        for request_id, count in Counter(metadata.request_ids[row] for row in rows).items():
+        ended = [False] * len(rows) if output.finished is None else output.finished.tolist()
+        going = [row for row, end in zip(rows, ended, strict=True) if not end]
+        for request_id, count in Counter(metadata.request_ids[row] for row in going).items():
             self.most[request_id] = max(self.most.get(request_id, 0), count)
         return output
 
