@@ -254,6 +254,7 @@ def test_tokens_that_the_guide_excludes_leave_numbers():
     for scale, expected in ((0.5, {4, 6}), (2.0, set(range(37)) - {4, 6})):
         requests = [make_request(f"r{i}", GuidanceParams(scale=scale, seed=i)) for i in range(20)]
         answers = SamplerHarness(build(reader), 37).run(requests, 3)
+        assert [len(row) for rows in answers.values() for row in rows] == [3] * 20
         assert {token for rows in answers.values() for row in rows for token in row} <= expected
 
 

@@ -205,6 +205,28 @@ def test_first_tokens_are_drawn_without_replacement_with_the_right_frequencies()
     assert chi_square < 20.5, "p = 0.001 of 5 degrees of freedom"
 
 
+def test_no_random_number_is_used_twice():
+    engine, _ = make_engine(max_num_seqs=64)
+    sampler = engine.executor.runner.stage.samplers["folo-tree-search:tree-search"].part
+    plain, keys = sampler._plain, []
+
+    class Recorder:
+        def step(self, logits: torch.Tensor, metadata: Any) -> Any:
+            columns = (metadata.sequence_indices.tolist(), metadata.positions.tolist())
+            keys.extend(zip(metadata.request_ids, *columns, strict=True))
+            return plain.step(logits, metadata)
+
+    sampler._plain = Recorder()
+    for i in range(3):
+        params = TreeSearchParams(
+            width=8, branching=3 - i % 2, segment_tokens=1 + i, parallel_expansions=3, scorer=hashed, max_tokens=20
+        )
+        engine.add_request(str(i), [i, 1], params)
+    run(engine)
+    assert len(keys) > 200
+    assert len(set(keys)) == len(keys)
+
+
 # --- the search as a policy ------------------------------------------------------------------------------------------
 
 
