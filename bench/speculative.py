@@ -38,6 +38,7 @@ takes up heat from the air outside, even on a frosty day in winter.
 TEXTS = [paragraph.replace("\n", " ").strip() for paragraph in PARAGRAPHS.split("\n\n")]
 TASKS = ("Repeat the following text exactly:\n\n{}", "Please proofread and return this text:\n\n{}")
 REPEATING = [task.format(paragraph) for task in TASKS for paragraph in TEXTS]
+SETS = ("repeating", "free")
 FREE = [
     "Write a short story about a dog that learns to swim.",
     "Explain why the sky is blue.",
@@ -61,20 +62,19 @@ def answer(llm: LLM, prompts: list[str], params: SamplingParams, at_once: int) -
 
 
 def compare(llm: LLM, prompts: list[str], at_once: int, args: argparse.Namespace) -> dict[str, float]:
-    """Answer with and without speculation in turns; the first, uncounted round warms up."""
+    """Answer with and without speculation in turns."""
     plain = SamplingParams(temperature=0, max_tokens=args.max_tokens)
     own = {} if args.num_draft_tokens is None else {"num_draft_tokens": args.num_draft_tokens}
     guessing = SpeculativeParams(temperature=0, max_tokens=args.max_tokens, **own)
     seconds: dict[str, list[float]] = {"plain": [], "speculative": []}
     drafted = accepted = tokens = 0
-    for number in range(args.rounds + 1):
+    for _ in range(args.rounds):
         before, expected = answer(llm, prompts, plain, at_once)
         after, found = answer(llm, prompts, guessing, at_once)
         for one, other in zip(expected, found, strict=True):
             assert one.outputs[0].token_ids == other.outputs[0].token_ids, "speculation changed a token"
-        if number:
-            seconds["plain"].append(before)
-            seconds["speculative"].append(after)
+        seconds["plain"].append(before)
+        seconds["speculative"].append(after)
         drafted = sum(output.metrics.num_draft_tokens for output in found)
         accepted = sum(output.metrics.num_accepted_tokens for output in found)
         tokens = sum(len(output.outputs[0].token_ids) for output in found)
@@ -95,15 +95,18 @@ def main() -> None:
     parser.add_argument("--model", default="demo", help="model to measure (default demo)")
     parser.add_argument("--max-tokens", type=int, default=128, help="longest answer (default 128)")
     parser.add_argument("--num-draft-tokens", type=int, help="most tokens drafted at a time (default the plugin's)")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS, help="sets of prompts (default both)")
     parser.add_argument("--rounds", type=int, default=3, help="measured rounds (default 3)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads (default all)")
     parser.add_argument("--json", action="store_true", help="print JSON, times in seconds")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     llm = LLM(args.model, dtype="float32", max_model_len=1024, max_num_seqs=8)
+    for params in (SamplingParams(temperature=0, max_tokens=8), SpeculativeParams(temperature=0, max_tokens=8)):
+        answer(llm, REPEATING[:2], params, 2)  # warms up
     results = {
-        f"{name}, {at_once} at once": compare(llm, prompts, at_once, args)
-        for name, prompts in (("repeating", REPEATING), ("free", FREE))
+        f"{name}, {at_once} at once": compare(llm, {"repeating": REPEATING, "free": FREE}[name], at_once, args)
+        for name in args.sets
         for at_once in (1, 8)
     }
     assert all(result["accepted"] > 0 for name, result in results.items() if "repeating" in name)
