@@ -338,6 +338,21 @@ def test_abort_in_the_middle_returns_everything():
     assert_clean(engine)
 
 
+def test_a_fork_of_a_plain_request_searches_on_from_its_tokens():
+    engine, model = make_engine(max_num_seqs=32)
+    engine.add_request("plain", [1, 2], greedy(max_tokens=12, ignore_eos=True))
+    for _ in range(5):
+        engine.step()
+    params = TreeSearchParams(max_tokens=12, segment_tokens=2, ignore_eos=True, scorer=hashed, seed=1)
+    engine.fork("plain", "tree", at=4, params=params)
+    final = run(engine)
+    answer = final["tree"].outputs[0].token_ids
+    assert answer[:4] == model.expected_tokens([1, 2], 4)
+    assert len(answer) == 12
+    assert final["tree"].outputs[0].score == zlib.crc32(repr(tuple(answer)).encode()) / 2**32
+    assert_clean(engine)
+
+
 def test_logprobs_asked_for_do_not_change_the_search():
     params = {"max_tokens": 12, "segment_tokens": 3, "seed": 2, "repetition_penalty": 1.5, "ignore_eos": True}
     without, _ = search(FakeModel(), [1], TreeSearchParams(**params))
