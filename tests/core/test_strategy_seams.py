@@ -207,6 +207,7 @@ class Drafter(TreeSampler):
     def __init__(self, model: FakeModel) -> None:
         super().__init__()
         self.model = model
+        self.check = True
         self.proposed = self.accepted = self.rejected = 0
 
     def step(self, logits: torch.Tensor, metadata: Any) -> SamplerOutput:
@@ -225,7 +226,7 @@ class Drafter(TreeSampler):
             for place in range(row, last + 1):
                 history, length = metadata.history[place], int(metadata.positions[place])
                 assert len(history) == length
-                assert self.model.logits_after(history).argmax() == logits[place].argmax()
+                assert not self.check or self.model.logits_after(history).argmax() == logits[place].argmax()
             parents.append(best)
             row = last + 1
         chosen = [tokens[parent] for parent in parents]
@@ -322,6 +323,39 @@ def test_drafts_are_proposed_accepted_rejected_and_preempted():
     assert sum(m.num_preemptions for m in metrics) > 0
     # Four requests of 40 tokens: without drafts some step runs for each token of the longest.
     assert max(record.num_tokens for record in watch.records) > 4
+    assert_clean(engine)
+
+
+def test_a_draft_after_which_everything_is_masked_is_a_bad_guess_and_no_error():
+    """The guesses 50 and above lead where every token is masked; plain decoding never goes there."""
+    model = FakeModel()
+
+    def mask(logits, pasts):
+        logits[:, 50:] = -torch.inf
+        for row, past in enumerate(pasts):
+            if max(past[3:], default=0) >= 50:
+                logits[row] = -torch.inf
+                masked.append(past)
+        return logits
+
+    masked: list[list[int]] = []
+    model.edit_logits = mask
+    sampler = Drafter(model)
+    sampler.check = False
+    sampler.guess = lambda past, _quality: [sampler.random.randrange(64) for _ in range(sampler.random.randint(0, 4))]
+    engine, _ = make_engine(model, plugins=[SamplerPlugin(sampler, DraftParams)])
+    params = DraftParams(max_tokens=30, ignore_eos=True, temperature=0.0, logprobs=1)
+    engine.add_request("a", [1, 2, 3], params)
+    engine.add_request("b", [4, 2, 3], params)
+    final = run(engine)
+    assert len(masked) > 5
+    for name, prompt in (("a", [1, 2, 3]), ("b", [4, 2, 3])):
+        past = list(prompt)
+        for _ in range(30):
+            past.append(int(model.logits_after(past)[:50].argmax()))
+        assert final[name].error is None
+        assert final[name].outputs[0].token_ids == past[3:]
+        assert len(final[name].outputs[0].logprobs) == 30
     assert_clean(engine)
 
 

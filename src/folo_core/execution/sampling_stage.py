@@ -101,9 +101,9 @@ class SamplingStage:
         slots = sampled.slots
         raw = self._raw_log_probs(logits, slots)
         self._process(logits, sampled, result.errors)
-        self._reject_bad_rows(logits, slots, result.errors)
+        usable = self._reject_bad_rows(logits, sampled, result.errors)
         for name, part in self.samplers.items():
-            rows = np.flatnonzero(self._slot_sampler[slots] == self._sampler_ids[name])
+            rows = np.flatnonzero(usable & (self._slot_sampler[slots] == self._sampler_ids[name]))
             rows = self._without_failed(rows, slots, result.errors)
             if len(rows):
                 call = partial(self._sample, part, logits, sampled, rows, raw, result)
@@ -140,18 +140,33 @@ class SamplingStage:
         elif edited.data_ptr() != logits.data_ptr():
             logits.copy_(edited)
 
-    def _reject_bad_rows(self, logits: torch.Tensor, slots: NDArray[np.int64], errors: dict[str, Exception]) -> None:
-        """End requests with a row that holds NaN or +inf, or that has no token left."""
+    def _reject_bad_rows(
+        self, logits: torch.Tensor, sampled: SampledRows, errors: dict[str, Exception]
+    ) -> NDArray[np.bool_]:
+        """End requests with a row that holds NaN or +inf, or that has no token left.
+
+        A drafted token after which everything is masked is only a bad guess: it is taken back with those behind it.
+
+        Returns:
+            bool ``[rows]``: the rows that are offered to samplers.
+        """
+        usable = np.ones(len(sampled), dtype=np.bool_)
         peaks = logits.amax(-1)
         good = torch.isfinite(peaks)
         if bool(good.all()):
-            return
+            return usable
         for row in (~good).nonzero().flatten().tolist():
-            request = self._request(int(slots[row]))
+            request = self._request(int(sampled.slots[row]))
             peak = peaks[row].item()
+            offset, drafted = int(sampled.offsets[row]), int(sampled.drafted[row])
+            if peak == -np.inf and offset:
+                usable[row : row - offset + drafted + 1] = False
+                sampled.drafted[row - offset : row] = offset - 1
+                continue
             reason = "every token is masked" if peak == -np.inf else f"the largest logit is {peak}"
             message = f"request {request.request_id!r}: its logits cannot be sampled: {reason}"
             errors.setdefault(request.request_id, FoloError(message))
+        return usable
 
     def _sample(  # noqa: PLR0913, PLR0917 (one step's shared state)
         self,
