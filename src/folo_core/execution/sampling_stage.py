@@ -156,6 +156,8 @@ class SamplingStage:
         if bool(good.all()):
             return usable
         for row in (~good).nonzero().flatten().tolist():
+            if not usable[row]:
+                continue
             request = self._request(int(sampled.slots[row]))
             peak = peaks[row].item()
             offset, drafted = int(sampled.offsets[row]), int(sampled.drafted[row])
