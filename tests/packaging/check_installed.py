@@ -60,6 +60,16 @@ def check_command_line() -> None:
     assert "Paris" in text, text
 
 
+def check_strategies() -> None:
+    """Strategies are chosen by name from the command line, and a beam's tree is drawn as one page."""
+    beam = ["--strategy", "beam", "-O", "width=3", "--max-tokens", "8"]
+    text = folo("generate", "The capital of France is", *beam, "--no-stats")
+    assert "Paris" in text, text
+    page = Path("tree.html")
+    folo("trace", "The capital of France is", *beam, "-o", str(page))
+    assert "Paris" in page.read_text(encoding="utf-8"), "the page does not show the answer"
+
+
 def check_third_party_sampler() -> None:
     """A distribution that Folo knows nothing of serves its own parameters, by their class."""
     from folo_core import LLM
@@ -96,6 +106,7 @@ def main() -> None:
     check_sources(Path(sys.argv[1]))
     check_plugins()
     check_command_line()
+    check_strategies()
     check_third_party_sampler()
     check_third_party_strategy()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in DISTRIBUTIONS)

@@ -32,6 +32,7 @@ def folo_samplers() -> list[SamplerSpec]:
                 GuidanceParams(scale=2.0, temperature=0.0),
                 GuidanceParams(scale=0.5, plausibility=0.1, top_p=0.9),
             ],
+            example_sections={SECTION: {"guide": "fake"}},
         )
     ]
 
