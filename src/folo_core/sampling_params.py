@@ -171,6 +171,9 @@ class SamplingParams(Checked):
         Relation(("stop", "detokenize"), _stop_needs_text),
     )
 
+    WIDTH_FIELD: ClassVar[str | None] = None
+    """In a strategy's subclass, the field of its own that says how many sequences live at once; else ``best_of``."""
+
     n: int = attrs.field(default=1, converter=as_int, metadata=integer(low=1))
     """How many answers to return."""
     _best_of: int | None = attrs.field(
@@ -250,7 +253,13 @@ class SamplingParams(Checked):
     @property
     def num_sequences(self) -> int:
         """Most sequences of the request that live at once; admission reserves places for them."""
-        return self.best_of
+        return self.best_of if self.WIDTH_FIELD is None else int(getattr(self, self.WIDTH_FIELD))
+
+    @property
+    def _width_name(self) -> str:
+        if self.WIDTH_FIELD is not None or self.num_sequences != self.best_of:
+            return self.WIDTH_FIELD or "num_sequences"
+        return "n" if self._best_of is None else "best_of"
 
     @property
     def grows_in_place(self) -> bool:
@@ -295,9 +304,10 @@ class SamplingParams(Checked):
     def problems_for(self, vocab_size: int, max_logprobs: int = 20, max_sequences: int = 256) -> list[str]:
         """The problems that ``validate_for`` raises, as lines; a subclass extends ``super()``'s."""
         problems: list[str] = []
-        if self.best_of > max_sequences:
-            name = "n" if self._best_of is None else "best_of"
-            problems.append(f"{name}: {self.best_of}: must be <= {max_sequences} (max_sequences_per_request)")
+        wide = max(self.num_sequences, self.best_of)
+        if wide > max_sequences:
+            name = self._width_name if wide == self.num_sequences else "best_of"
+            problems.append(f"{name}: {wide}: must be <= {max_sequences} (max_sequences_per_request)")
         cap = vocab_size if max_logprobs == -1 else min(max_logprobs, vocab_size)
         for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             if count is not None and (vocab_size if count == -1 else count) > cap:

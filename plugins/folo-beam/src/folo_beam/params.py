@@ -44,6 +44,7 @@ def _nothing_is_drawn(params: BeamParams) -> str | None:
 class BeamParams(SamplingParams):
     """Beam search: the ``width`` likeliest beginnings of an answer grow side by side. It is deterministic."""
 
+    WIDTH_FIELD: ClassVar[str] = "width"
     RELATIONS: ClassVar[tuple[Relation, ...]] = (
         *SamplingParams.RELATIONS,
         Relation(("n", "num_return_sequences", "width"), _answers_fit),
@@ -80,11 +81,6 @@ class BeamParams(SamplingParams):
         return self.n if self.num_return_sequences is None else self.num_return_sequences
 
     @property
-    def num_sequences(self) -> int:
-        """``width`` rows live at once."""
-        return self.width
-
-    @property
     def grows_in_place(self) -> bool:
         """False: a beam may be dropped at any step."""
         return False
@@ -95,10 +91,8 @@ class BeamParams(SamplingParams):
         return True
 
     def problems_for(self, vocab_size: int, max_logprobs: int = 20, max_sequences: int = 256) -> list[str]:
-        """Add what only the model and the engine's caps can tell of ``width`` and ``must_include``."""
+        """Add what only the model can tell of ``must_include``."""
         problems = super().problems_for(vocab_size, max_logprobs, max_sequences)
-        if self.width > max_sequences:
-            problems.append(f"width: {self.width}: must be <= {max_sequences} (max_sequences_per_request)")
         largest = max(map(max, given_tokens(self.must_include)), default=0)
         if largest >= vocab_size:
             problems.append(f"must_include: {largest}: outside the vocabulary; token ids end at {vocab_size - 1}")

@@ -18,8 +18,14 @@ def _beam(context: SamplerContext) -> Sampler:
     return BeamSampler(context.tokenizer)
 
 
+def _examples() -> list[BeamParams]:
+    return [BeamParams(n=3, length_penalty=0.5), BeamParams(n=3, num_groups=2, diversity_penalty=0.5)]
+
+
 @hookimpl
 def folo_samplers() -> tuple[SamplerSpec, ...]:
     """Offer beam search, picked by BeamParams."""
     text = "beam search: plain, diverse (groups) and constrained (phrases that must appear)"
-    return (SamplerSpec(name="beam", help=text, factory=_beam, params_type=BeamParams, capabilities={"forks"}),)
+    return (SamplerSpec(
+        name="beam", help=text, factory=_beam, params_type=BeamParams, capabilities={"forks"}, examples=_examples
+    ),)  # fmt: skip

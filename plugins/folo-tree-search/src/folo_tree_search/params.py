@@ -54,6 +54,7 @@ class TreeSearchParams(SamplingParams):
     Temperature, filters, penalties and the rest of SamplingParams shape every draw.
     """
 
+    WIDTH_FIELD = "width"
     RELATIONS = (*SamplingParams.RELATIONS, *map(_fits_width, ("n", "best_of", "branching")))
 
     width: int = attrs.field(default=8, converter=as_int, metadata=integer(low=1))
@@ -79,11 +80,6 @@ class TreeSearchParams(SamplingParams):
     For programs in Python only."""
 
     @property
-    def num_sequences(self) -> int:
-        """The tree's width."""
-        return self.width
-
-    @property
     def grows_in_place(self) -> bool:
         """False: any leaf may be pruned."""
         return False
@@ -92,9 +88,3 @@ class TreeSearchParams(SamplingParams):
     def is_scored(self) -> bool:
         """True: an answer's score is its value."""
         return True
-
-    def problems_for(self, vocab_size: int, max_logprobs: int = 20, max_sequences: int = 256) -> list[str]:
-        """Add what is wrong with the width for this engine."""
-        cap = f"width: {self.width}: must be <= {max_sequences} (max_sequences_per_request)"
-        found = SamplingParams.problems_for(self, vocab_size, max_logprobs, max_sequences)
-        return [*found, cap] if self.width > max_sequences else found
