@@ -179,7 +179,8 @@ class FakePlugin:
         ]
 
     def _loader(self, config: EngineConfig) -> FakePlugin:
-        return FakePlugin(self.side_models.get(config.model.model, self.model), self.tokenizer)
+        side = self.side_models.get(config.model.model)
+        return self if side is None else FakePlugin(side, self.tokenizer)
 
     @hookimpl
     def folo_attention_backends(self) -> list[AttentionBackendSpec]:
