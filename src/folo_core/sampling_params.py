@@ -256,7 +256,8 @@ class SamplingParams(Checked):
         return self.best_of if self.WIDTH_FIELD is None else int(getattr(self, self.WIDTH_FIELD))
 
     @property
-    def _width_name(self) -> str:
+    def width_name(self) -> str:
+        """What a message calls ``num_sequences``: the field that a caller would change."""
         if self.WIDTH_FIELD is not None or self.num_sequences != self.best_of:
             return self.WIDTH_FIELD or "num_sequences"
         return "n" if self._best_of is None else "best_of"
@@ -306,7 +307,7 @@ class SamplingParams(Checked):
         problems: list[str] = []
         wide = max(self.num_sequences, self.best_of)
         if wide > max_sequences:
-            name = self._width_name if wide == self.num_sequences else "best_of"
+            name = self.width_name if wide == self.num_sequences else "best_of"
             problems.append(f"{name}: {wide}: must be <= {max_sequences} (max_sequences_per_request)")
         cap = vocab_size if max_logprobs == -1 else min(max_logprobs, vocab_size)
         for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
