@@ -153,14 +153,17 @@ class InputProcessor:
         """Refuse what could never run, however empty the engine is."""
         places = self.components.config.scheduler.max_num_seqs
         if request.width > places:
-            message = f"{request.params.width_name}: {request.width} sequences: at most max_num_seqs={places} run at once"
+            message = (
+                f"{request.params.width_name}: {request.width} sequences: at most max_num_seqs={places} run at once"
+            )
             raise RequestError(message, code="too_many_sequences")
         tokens = len(request.prompt_token_ids) + max_tokens
         needed = self.kv.most_blocks(len(request.prompt_token_ids), tokens, request.width)
         if needed > self.kv.pool.num_usable:
             message = (
                 f"request needs {needed} KV blocks ({tokens} tokens x {request.width} sequences), the cache has "
-                f"{self.kv.pool.num_usable}: lower max_tokens or {request.params.width_name}, or give the cache more memory (kv_cache_bytes)"
+                f"{self.kv.pool.num_usable}: lower max_tokens or {request.params.width_name}, "
+                "or give the cache more memory (kv_cache_bytes)"
             )
             raise RequestError(message, code="kv_cache_too_small")
 
