@@ -139,6 +139,7 @@ def test_a_wrong_name_is_a_usage_error(folder, name, message):
 
 def test_the_folders_own_tests_run_only_if_a_path_is_given(folder, tmp_path):
     site, _ = folder
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")  # its own root, wherever temporary folders are
     (tmp_path / "test_own.py").write_text("def test_own(): pass\n")
     options = ("--folo-conformance=acme-broken:honest", "-k", "own or described")
     _, alone = run_pytest(site, tmp_path, *options)
