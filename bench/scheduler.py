@@ -10,7 +10,6 @@ from folo_core.plugins.manager import load_registry
 from folo_core.request import Request
 from folo_core.sampling_params import SamplingParams
 from folo_core.scheduling.interface import SchedulerState, StepBudget
-from folo_core.scheduling.queue import RequestQueue
 from timing import measure, show
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ PARAMS = SamplingParams(max_tokens=4096, temperature=0.0)
 
 def waiting_state(scheduler: Scheduler, width: int) -> SchedulerState:
     """Return ``width`` requests in the queue, with memory for all that they could generate here."""
-    state = SchedulerState(kv=KVCacheManager(width * 256 + 1, BLOCK_SIZE), waiting=RequestQueue(scheduler.order))
+    state = SchedulerState.empty(KVCacheManager(width * 256 + 1, BLOCK_SIZE), scheduler.order)
     for number in range(width):
         request = Request(
             request_id=str(number), prompt_token_ids=PROMPT, params=PARAMS, seed=0, arrival=number, sampler="greedy"

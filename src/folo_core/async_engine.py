@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from folo_core.components import Components
     from folo_core.engine.input_processor import Prompt
+    from folo_core.engine.reporting import EngineStats
     from folo_core.outputs import RequestOutput
     from folo_core.sampling_params import SamplingParams
 
@@ -92,6 +93,7 @@ class AsyncEngine:
         request_id: str | None = None,
         *,
         priority: int = 0,
+        tenant: str = "",
     ) -> AsyncGenerator[RequestOutput, None]:
         """Stream a request's outputs. Leaving the loop early, or being cancelled, aborts the request.
 
@@ -103,7 +105,7 @@ class AsyncEngine:
         request_id = f"async-{next(self._request_ids)}" if request_id is None else request_id
 
         def start() -> None:
-            self.engine.add_request(request_id, prompt, sampling_params, priority=priority)
+            self.engine.add_request(request_id, prompt, sampling_params, priority=priority, tenant=tenant)
 
         return self._stream(request_id, start)
 
@@ -149,6 +151,16 @@ class AsyncEngine:
     async def abort(self, request_id: str) -> None:
         """End a request; its stream gets a last output with ``finish_reason="abort"``. Unknown ids are ignored."""
         await self._call(lambda: self._deliver(self.engine.abort(request_id)))
+
+    async def stats(self) -> EngineStats:
+        """Return queues, memory and the prefix cache's hit rate as they are between two steps."""
+        found: list[EngineStats] = []
+        await self._call(lambda: found.append(self.engine.stats()))
+        return found[0]
+
+    async def reset_prefix_cache(self) -> None:
+        """Forget what was computed for earlier prompts."""
+        await self._call(self.engine.reset_prefix_cache)
 
     async def shutdown(self) -> None:
         """Stop the engine's thread; requests still running are aborted first."""

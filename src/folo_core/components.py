@@ -42,6 +42,9 @@ class ExecutorParts:
     samplers: Mapping[str, NamedPart]
     processors: tuple[NamedPart, ...]
     num_blocks: int
+    """Device blocks, the null block included."""
+    num_host_blocks: int = 0
+    """Host blocks to swap to, likewise; 0 for none."""
 
 
 @attrs.frozen(slots=True, kw_only=True)
@@ -97,6 +100,10 @@ class Components:
     """Fields of SamplingParams that some installed logits processor serves."""
     kv_blocks: int
     """KV blocks, the null block included."""
+    host_blocks: int = 0
+    """Host blocks to swap to; 0 for none."""
+    block_bytes: int = 0
+    """Bytes of one block's keys and values over all layers."""
     observers: tuple[Observer, ...] = ()
 
     def sampler_for(self, params: SamplingParams) -> str:

@@ -69,6 +69,14 @@ class OutOfBlocksError(FoloError):
     """An allocation wants more free blocks than there are. Nothing was allocated."""
 
 
+class SchedulerError(FoloError):
+    """A scheduling policy asked its planner for what would break a promise."""
+
+
+class StepOutOfMemoryError(FoloError):
+    """A step did not fit the device's memory. The engine tries again with smaller steps before a request is failed."""
+
+
 class EngineDeadError(FoloError):
     """The engine stopped after an unrecoverable error; ``__cause__`` holds it."""
 

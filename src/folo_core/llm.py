@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from folo_core.engine.input_processor import Prompt
+    from folo_core.engine.reporting import EngineStats
     from folo_core.execution.loading import Tokenizer
     from folo_core.outputs import RequestOutput
     from folo_core.plugins.registry import Registry
@@ -59,6 +60,14 @@ class LLM:
         self.engine = Engine(build_components(config, registry))
         self._request_ids = itertools.count()
 
+    def stats(self) -> EngineStats:
+        """Return queues, memory and the prefix cache's hit rate as they are now."""
+        return self.engine.stats()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what was computed for earlier prompts."""
+        self.engine.reset_prefix_cache()
+
     def get_tokenizer(self) -> Tokenizer:
         """Return the model's tokenizer.
 
@@ -78,6 +87,7 @@ class LLM:
         *,
         use_tqdm: bool = True,
         priority: Sequence[int] | None = None,
+        tenant: str | Sequence[str] = "",
     ) -> list[RequestOutput]:
         """Complete one or many prompts.
 
@@ -87,6 +97,7 @@ class LLM:
             sampling_params: one for all prompts, or one for each.
             use_tqdm: show progress on stderr, if that is a terminal.
             priority: one for each prompt, for schedulers that look at it; lower runs earlier.
+            tenant: whom the prompts serve, one for all or one for each; see ``Engine.add_request``.
 
         Returns:
             One output per prompt, in the prompts' order. A request that failed on its own has
@@ -99,7 +110,7 @@ class LLM:
         batch = _as_batch(prompts)
         done: list[RequestOutput | None] = [None] * len(batch)
         with _Progress(len(batch), enabled=use_tqdm and sys.stderr.isatty()) as progress:
-            for place, output in self.generate_as_finished(batch, sampling_params, priority=priority):
+            for place, output in self.generate_as_finished(batch, sampling_params, priority=priority, tenant=tenant):
                 done[place] = output
                 progress.advance(output)
         return [output for output in done if output is not None]
@@ -110,6 +121,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         priority: Sequence[int] | None = None,
+        tenant: str | Sequence[str] = "",
     ) -> Iterator[tuple[int, RequestOutput]]:
         """Yield ``(place among the prompts, output)`` whenever a request ends. Leaving early aborts the rest.
 
@@ -119,12 +131,15 @@ class LLM:
         """
         params = _one_each(sampling_params or SamplingParams(), len(prompts), "sampling_params")
         priorities = _one_each(0 if priority is None else priority, len(prompts), "priority")
+        tenants = [tenant] * len(prompts) if isinstance(tenant, str) else list(tenant)
+        _one_each(tenants, len(prompts), "tenant")
         final = {id(p): attrs.evolve(p, output_kind=RequestOutputKind.FINAL_ONLY) for p in params}
         places: dict[str, int] = {}
         try:
-            for place, (prompt, param, rank) in enumerate(zip(prompts, params, priorities, strict=True)):
+            each = zip(prompts, params, priorities, tenants, strict=True)
+            for place, (prompt, param, rank, whom) in enumerate(each):
                 request_id = self._next_id()
-                self.engine.add_request(request_id, prompt, final[id(param)], priority=rank)
+                self.engine.add_request(request_id, prompt, final[id(param)], priority=rank, tenant=whom)
                 places[request_id] = place
             while places:
                 for output in self.engine.step():

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from folo_core.sequence import Sequence, SequenceData
+from folo_core.sequence import Sequence, SequenceData, SequenceStatus
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from folo_core.outputs import TokenLogprobs
     from folo_core.sampling_params import SamplingParams
-    from folo_core.sequence import SequenceStatus
 
 
 @attrs.define(slots=True)
@@ -28,6 +27,8 @@ class RequestMetrics:
     last_token_time: float | None = None
     finished_time: float | None = None
     num_preemptions: int = 0
+    num_swaps: int = 0
+    """Preemptions that moved its keys and values to the host rather than dropping them."""
     num_generated_tokens: int = 0
     num_draft_tokens: int = 0
     """Drafted tokens that the model judged."""
@@ -75,6 +76,10 @@ class Request:
     seed: int
     """The params' seed, or one drawn from the engine's."""
     prompt: str | None = None
+    tenant: str = ""
+    """Whom it serves: for schedulers that share out fairly. What one tenant computed is never found by another."""
+    prefix_root: bytes = b""
+    """What the digests of its blocks begin with: equal for requests that may share what they have computed."""
     priority: int = 0
     """Lower runs earlier, under schedulers that look at it."""
     arrival: int = 0
@@ -98,6 +103,11 @@ class Request:
         return not self.live
 
     @property
+    def is_swapped(self) -> bool:
+        """Whether its keys and values lie on the host."""
+        return bool(self.live) and self.live[0].status is SequenceStatus.SWAPPED
+
+    @property
     def wants_prompt_logprobs(self) -> bool:
         """Whether prompt log probabilities were asked for and are not all there yet."""
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt_token_ids)
@@ -109,7 +119,8 @@ class Request:
 
     def open_sequence(self, seq_id: int) -> Sequence:
         """Start the request's first sequence."""
-        sequence = Sequence(seq_id=seq_id, index=next(self._indices), data=SequenceData(self.prompt_token_ids))
+        data = SequenceData(self.prompt_token_ids)
+        sequence = Sequence(seq_id=seq_id, index=next(self._indices), data=data, block_digests=[self.prefix_root])
         if self.params.logprobs is not None:
             sequence.logprobs = []
             sequence.data.cumulative_logprob = 0.0

@@ -138,7 +138,13 @@ class Sequence:
     """Tokens whose keys and values are in the cache: progress, not cache hits."""
     num_cached_tokens: int = 0
     """Tokens that a prefix-cache hit spared."""
+    num_indexed_blocks: int = 0
+    """Leading blocks of its table that the prefix cache has been told of."""
+    block_digests: list[bytes] = attrs.field(factory=lambda: [b""], repr=False)
+    """What the prefix cache knows its full blocks by, as far as somebody asked; before them the root of its tenant."""
     block_table: BlockTable | None = None
+    host_blocks: list[int] = attrs.field(factory=list)
+    """Where its blocks lie on the host while it is swapped out."""
     detokenizer: Detokenizer | None = None
     logprobs: list[TokenLogprobs] | None = None
     """Per output token, when the request asked for log probabilities."""
@@ -195,6 +201,8 @@ class Sequence:
             status=self.status,
             num_computed_tokens=self.num_computed_tokens,
             num_cached_tokens=self.num_cached_tokens,
+            num_indexed_blocks=self.num_indexed_blocks,
+            block_digests=self.block_digests.copy(),
             block_table=None if self.block_table is None else self.block_table.fork(),
             detokenizer=None if self.detokenizer is None else self.detokenizer.fork(),
             logprobs=None if self.logprobs is None else self.logprobs.copy(),

@@ -343,10 +343,3 @@ def test_an_engine_needs_no_tokenizer() -> None:
 
     with pytest.raises(RequestError, match="skip_tokenizer_init"):
         engine.add_request("c", "text", greedy())
-
-
-def test_options_that_change_nothing_yet_say_so(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        fake_components(enable_prefix_caching=True)
-    assert "cache.enable_prefix_caching: True: has no effect yet" in caplog.text
-    assert "swap_space" not in caplog.text

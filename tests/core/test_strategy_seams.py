@@ -505,7 +505,7 @@ def test_branch_records_rebuild_every_sequence_and_cost_nothing_without_an_obser
     assert set(ended.values()) == {"length"}
     assert pruned
     plain, _ = make_engine()
-    assert plain._branch_observers == []
+    assert plain.reporter.observers.of_branches == []
 
 
 def test_a_branch_observer_that_raises_is_dropped():
@@ -518,7 +518,7 @@ def test_a_branch_observer_that_raises_is_dropped():
     engine, model = make_engine(plugins=[watch])
     engine.add_request("a", [1, 2], greedy())
     assert run(engine)["a"].outputs[0].token_ids == model.expected_tokens([1, 2], 8)
-    assert engine._branch_observers == []
+    assert engine.reporter.observers.of_branches == []
     assert not watch.records
 
 

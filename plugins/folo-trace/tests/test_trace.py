@@ -224,7 +224,7 @@ def test_what_json_cannot_say_is_null_or_a_name() -> None:
 
 
 def test_an_engine_without_a_recorder_observes_no_branches() -> None:
-    assert make_llm().engine._branch_observers == []
+    assert make_llm().engine.reporter.observers.of_branches == []
 
 
 def test_the_trace_is_plain_json() -> None:

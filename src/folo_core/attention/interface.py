@@ -100,3 +100,21 @@ class AttentionBackend(Protocol):
 
     def zero_blocks(self, blocks: list[int]) -> None:
         """Overwrite blocks with zeros in every layer, so that a NaN left behind cannot reach the next owner."""
+
+
+@runtime_checkable
+class SwappingBackend(AttentionBackend, Protocol):
+    """A backend that can move blocks to the host and back, for ``swap_space``.
+
+    Copies take effect in the order of the calls, and before what the device is asked to do after them. Within that,
+    they may still be under way when a call returns.
+    """
+
+    def allocate_host(self, num_blocks: int) -> None:
+        """Allocate room on the host for blocks 1 to ``num_blocks`` of all layers. Called once, after ``allocate``."""
+
+    def swap_out(self, device_blocks: list[int], host_blocks: list[int]) -> None:
+        """Copy each device block to the host block beside it."""
+
+    def swap_in(self, host_blocks: list[int], device_blocks: list[int]) -> None:
+        """Copy each host block to the device block beside it."""

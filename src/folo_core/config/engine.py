@@ -111,6 +111,12 @@ def _prompt_fits(config: EngineConfig) -> str | None:
     return None if line is None else under("scheduler", line)
 
 
+def _swap_has_space(config: EngineConfig) -> str | None:
+    if config.scheduler.preemption != "swap" or config.cache.swap_space:
+        return None
+    return "scheduler.preemption: 'swap': has no room to swap to; set cache.swap_space, such as '4GiB'"
+
+
 @attrs.frozen(slots=True, kw_only=True, repr=False)
 class EngineConfig(Checked):
     """Everything an engine is built from. Sections may be given as mappings, and the model as its name alone.
@@ -122,6 +128,7 @@ class EngineConfig(Checked):
     RELATIONS = (
         Relation(("model", "scheduler"), _lengths_agree),
         Relation(("model", "scheduler"), _prompt_fits),
+        Relation(("cache", "scheduler"), _swap_has_space),
     )
 
     model: ModelConfig = attrs.field(converter=_model, metadata=_is(ModelConfig))

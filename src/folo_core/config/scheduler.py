@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-from folo_core.validation import Checked, Relation, as_int, as_optional_int, boolean, integer, text
+from folo_core.validation import Checked, Relation, as_int, as_optional_int, boolean, integer, one_of, text
 
 
 def _tokens_for_all(scheduler: SchedulerConfig) -> str | None:
@@ -65,6 +65,9 @@ class SchedulerConfig(Checked):
         default=None, converter=as_optional_int, metadata=integer(low=1, optional=True)
     )
     """Most tokens of one prompt in one step; None for as many as the budget holds."""
+    preemption: str = attrs.field(default="auto", metadata=one_of("auto", "recompute", "swap"))
+    """What becomes of the keys and values of a preempted request: moved to the host and back, if ``swap_space`` has
+    room, or dropped and computed anew; ``auto`` takes what measurements say is cheaper."""
     max_waiting_requests: int | None = attrs.field(
         default=None, converter=as_optional_int, metadata=integer(low=1, optional=True)
     )

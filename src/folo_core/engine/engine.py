@@ -7,28 +7,30 @@ import logging
 import time
 from collections import deque
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import attrs
 
 from folo_core.engine.input_processor import InputProcessor
-from folo_core.engine.observer import BranchObserver, BranchRecord, StepRecord
+from folo_core.engine.observer import RequestEvent
 from folo_core.engine.output_processor import OutputProcessor
+from folo_core.engine.reporting import Reporter
+from folo_core.engine.stall import StallWatchdog, describe, find_culprit
 from folo_core.engine.watchdog import StepWatchdog
-from folo_core.errors import FoloError, RequestError, StepTimeoutError
+from folo_core.errors import FoloError, RequestError, StepOutOfMemoryError, StepTimeoutError
 from folo_core.execution.interface import StepResult
 from folo_core.kv_cache.manager import KVCacheManager
-from folo_core.scheduling.interface import Fork, SchedulerState, StepBudget
-from folo_core.scheduling.queue import RequestQueue
+from folo_core.scheduling.costs import PreemptionCosts
+from folo_core.scheduling.interface import Fork, SchedulerState, ServiceScheduler, StepBudget
 from folo_core.sequence import SequenceStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
     from contextlib import AbstractContextManager
 
     from folo_core.components import Components
     from folo_core.engine.input_processor import Prompt
-    from folo_core.engine.observer import Observer
+    from folo_core.engine.reporting import EngineStats
     from folo_core.execution.interface import RequestSample, StepHandle
     from folo_core.outputs import RequestOutput
     from folo_core.request import Request
@@ -38,8 +40,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MOST_IDLE_STEPS = 16
-"""Steps in a row that may schedule nothing while work waits, before the first in line is failed by name."""
+STEPS_BEFORE_GROWTH = 32
+"""Steps without running out of memory before a budget that was cut for it doubles again."""
 
 
 class Engine:
@@ -50,20 +52,28 @@ class Engine:
         config = components.config
         self.executor = components.executor
         self.scheduler = components.scheduler.part
-        kv = KVCacheManager(components.kv_blocks, config.cache.block_size)
+        kv = KVCacheManager(
+            components.kv_blocks,
+            config.cache.block_size,
+            enable_prefix_caching=config.cache.enable_prefix_caching,
+            prefix_cache_size=config.cache.prefix_cache_size,
+            num_host_blocks=components.host_blocks,
+            block_bytes=components.block_bytes,
+        )
         self.inputs = InputProcessor(components, kv)
         self.outputs = OutputProcessor(components.tokenizer, self.inputs.max_model_len)
-        self.state = SchedulerState(kv=kv, waiting=RequestQueue(self.scheduler.order))
+        self.state = SchedulerState.empty(kv, self.scheduler.order, PreemptionCosts(config.scheduler.preemption))
         self.budget = StepBudget(
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
             max_num_seqs=config.scheduler.max_num_seqs,
             max_chunk_tokens=config.scheduler.long_prefill_token_threshold or self.inputs.max_model_len,
             chunked_prefill=config.scheduler.enable_chunked_prefill,
         )
+        self._full_budget = self.budget
+        self._steps_in_memory = 0
         self.requests: dict[str, Request] = {}
-        self.observers = list(components.observers)
-        self._branch_observers = [o for o in components.observers if isinstance(o, BranchObserver)]
-        self.step_count = 0
+        self.reporter = Reporter(components.observers, self.state)
+        self._serves = self.scheduler if isinstance(self.scheduler, ServiceScheduler) else None
         self._watchdog = None if config.step_timeout_s is None else StepWatchdog(config.step_timeout_s)
         self._in_flight: deque[_Flight] = deque()
         self._seq_ids = itertools.count()
@@ -71,7 +81,12 @@ class Engine:
         self._released: list[int] = []
         self._forks: list[Fork] = []
         self._zero_blocks: list[int] = []
-        self._idle_steps = 0
+        self._stall = StallWatchdog()
+
+    @property
+    def step_count(self) -> int:
+        """Number of steps that have come back."""
+        return self.reporter.step
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -85,8 +100,17 @@ class Engine:
         params: SamplingParams,
         *,
         priority: int = 0,
+        tenant: str = "",
     ) -> None:
         """Admit a request to the queue.
+
+        Args:
+            request_id: unique among the unfinished requests.
+            prompt: a text or token ids (see ``Prompt``).
+            params: their class picks the sampler.
+            priority: lower runs earlier, under schedulers that look at it.
+            tenant: whom it serves, under schedulers that share out fairly. Prompts of different tenants never share
+                what was computed for one of them; a ``cache_salt`` in the prompt keeps a tenant's own apart.
 
         Raises:
             RequestError: the id is in use, the queue is full, or the prompt cannot be served.
@@ -94,11 +118,12 @@ class Engine:
         """
         self._check_new(request_id)
         arrival = next(self._arrivals)
-        request = self.inputs.process(request_id, prompt, params, priority=priority, arrival=arrival)
+        request = self.inputs.process(request_id, prompt, params, priority=priority, arrival=arrival, tenant=tenant)
         self.executor.add_request(request)
         self.outputs.open(request, request.open_sequence(next(self._seq_ids)))
         self.requests[request_id] = request
         self.state.waiting.push(request)
+        self.reporter.on_request(request, RequestEvent.QUEUED)
 
     def fork(
         self,
@@ -137,6 +162,7 @@ class Engine:
         self.executor.add_request(request)
         self.outputs.open(request, request.branch_from(source.live[row], at, next(self._seq_ids)))
         self.requests[new_request_id] = request
+        self.reporter.on_request(request, RequestEvent.QUEUED)
         if not self._share_memory(source.live[row], request):
             self.state.waiting.push(request)
 
@@ -159,6 +185,7 @@ class Engine:
         self.state.kv.truncate(child, min(parent.num_computed_tokens, child.num_tokens - 1))
         child.transition(SequenceStatus.RUNNING)
         self.state.start(request, self.scheduler.order)
+        self.reporter.on_request(request, RequestEvent.STARTED)
         # A parent that the executor has not seen yet is itself a fork: both start from the same sequence.
         pending = next((fork for fork in self._forks if fork.child_id == parent.seq_id), None)
         known_id = parent.seq_id if pending is None else pending.parent_id
@@ -186,17 +213,24 @@ class Engine:
         except Exception as error:  # noqa: BLE001 (a scheduler plugin may raise anything)
             fault = self.components.scheduler.fault("scheduler", error)
             return self._end_all(list(self.requests.values()), SequenceStatus.FINISHED_ERROR, fault)
-        if scheduled.seq_ids or scheduled.released or scheduled.zero_blocks:
+        if not scheduled.is_empty:
             self._submit(scheduled)
-        else:
-            outputs += self._note_idle_step()
+        outputs += self._check_progress(scheduled)
         if len(self._in_flight) >= self.executor.max_steps_in_flight or (self._in_flight and not scheduled.seq_ids):
             flight = self._in_flight.popleft()
             outputs += self._update(flight, self._await(flight), started)
         return outputs
 
+    def stats(self) -> EngineStats:
+        """Return queues, memory and prefix cache as they are now."""
+        return self.reporter.stats()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what blocks hold, as after a change of the model's weights. Running requests go on undisturbed."""
+        self.state.kv.reset_prefix_cache()
+
     def check_integrity(self) -> None:
-        """Check the block pool's books against all live sequences.
+        """Check the books of all memory against all live sequences.
 
         Raises:
             BlockPoolError: they do not balance.
@@ -204,6 +238,7 @@ class Engine:
         self.state.kv.check_integrity(s for request in self.requests.values() for s in request.live)
 
     def _schedule(self) -> SchedulerOutput:
+        self.state.kv.begin_step()
         scheduled: SchedulerOutput = self.scheduler.schedule(self.state, self.budget)
         scheduled.forks, self._forks = self._forks, []
         scheduled.released = self._released + scheduled.released
@@ -217,6 +252,7 @@ class Engine:
             self._forget_in_flight(request)
             if request.wants_prompt_logprobs:
                 request.prompt_logprobs.clear()
+        self.reporter.on_scheduled(scheduled)
         return scheduled
 
     def _submit(self, scheduled: SchedulerOutput) -> None:
@@ -231,7 +267,13 @@ class Engine:
             self._released = scheduled.released + self._released
             self._zero_blocks = scheduled.zero_blocks + self._zero_blocks
             raise
-        self._in_flight.append(_Flight(scheduled, handle))
+        self._in_flight.append(_Flight(scheduled, handle, self._progress(scheduled)))
+
+    def _progress(self, scheduled: SchedulerOutput) -> list[tuple[Request, Sequence, int]]:
+        """Return what will be computed when a step is back, for the prefix cache."""
+        if self.state.kv.index is None:
+            return []
+        return [(r, s, s.num_computed_tokens) for r in scheduled.scheduled for s in r.live]
 
     def _forget_in_flight(self, request: Request) -> None:
         """Ignore what steps in flight will bring for a request that has left: if it returns, it is computed anew."""
@@ -240,11 +282,50 @@ class Engine:
 
     def _await(self, flight: _Flight) -> StepResult:
         try:
-            return flight.handle.result()
+            result = flight.handle.result()
+        except StepOutOfMemoryError as error:
+            return self._retreat(flight, error)
         except Exception as error:
             logger.warning("step %d failed: %s", self.step_count, error, exc_info=logger.isEnabledFor(logging.DEBUG))
             fault = self._step_error(error)
             return StepResult(errors={request.request_id: fault for request in flight.scheduled.scheduled})
+        self._steps_in_memory += 1
+        if self.budget is not self._full_budget and self._steps_in_memory >= STEPS_BEFORE_GROWTH:
+            self._set_token_budget(2 * self.budget.max_num_batched_tokens)
+        return result
+
+    def _retreat(self, flight: _Flight, error: StepOutOfMemoryError) -> StepResult:
+        """Take back a step that the device's memory could not hold, and go on with steps of half its size.
+
+        How far the executor came is not known, so everything that runs is computed anew. If the step was of one
+        request alone and as small as a step can be, that request ends in the error.
+        """
+        scheduled, state = flight.scheduled, self.state
+        logger.warning("a step of %d tokens ran out of memory: %s", scheduled.num_tokens, error)
+        moved = [request for request in scheduled.preempted if request.is_swapped]
+        self._forks.clear()
+        for request in [*state.running, *moved]:
+            if request in state.running:
+                self._released += [sequence.seq_id for sequence in request.live]
+                request.metrics.num_preemptions += 1
+                self._forget_in_flight(request)
+                if request.wants_prompt_logprobs:
+                    request.prompt_logprobs.clear()
+            state.requeue(request)
+            self.reporter.on_request(request, RequestEvent.PREEMPTED)
+        self._released = scheduled.released + self._released
+        self._zero_blocks = scheduled.zero_blocks + self._zero_blocks
+        least = max((request.width for request in scheduled.scheduled), default=1)
+        if len(scheduled.scheduled) == 1 and scheduled.num_tokens <= least:
+            return StepResult(errors={scheduled.scheduled[0].request_id: error})
+        self._set_token_budget(max(least, scheduled.num_tokens // 2))
+        return StepResult()
+
+    def _set_token_budget(self, num_tokens: int) -> None:
+        full = self._full_budget
+        self._steps_in_memory = 0
+        cut = attrs.evolve(full, max_num_batched_tokens=num_tokens, chunked_prefill=True)
+        self.budget = cut if num_tokens < full.max_num_batched_tokens else full
 
     def _guard(self) -> AbstractContextManager[object]:
         return nullcontext() if self._watchdog is None else self._watchdog
@@ -261,11 +342,14 @@ class Engine:
 
     def _update(self, flight: _Flight, result: StepResult, started: float) -> list[RequestOutput]:
         """Bring requests up to date with a step's result."""
-        self.step_count += 1
+        self.reporter.step += 1
         outputs = []
         for request_id, error in result.errors.items():
             if self._concerns(flight, request_id):
                 outputs.append(self._end_early(self.requests[request_id], SequenceStatus.FINISHED_ERROR, error))
+        for request, sequence, num_computed in flight.progress:
+            if self._concerns(flight, request.request_id):
+                self.state.kv.commit(sequence, num_computed)
         for request_id, candidates in result.prompt_logprobs.items():
             if self._concerns(flight, request_id):
                 request = self.requests[request_id]
@@ -274,8 +358,15 @@ class Engine:
         now = time.monotonic()
         known = [sample for sample in result.samples if self._concerns(flight, sample.request_id)]
         outputs += [self._apply(self.requests[sample.request_id], sample, now) for sample in known]
-        self._observe(flight.scheduled, result, started)
+        self._learn_costs(flight.scheduled, result, time.perf_counter() - started)
+        self.reporter.on_step(flight.scheduled, result, started)
         return [output for output in outputs if output is not None]
+
+    def _learn_costs(self, scheduled: SchedulerOutput, result: StepResult, seconds: float) -> None:
+        costs = self.state.costs
+        if scheduled.num_tokens and not result.errors:
+            costs.observe_step(scheduled.num_tokens, seconds - result.swap_seconds)
+        costs.observe_swap(len(scheduled.swap_out) + len(scheduled.swap_in), result.swap_seconds)
 
     def _concerns(self, flight: _Flight, request_id: str) -> bool:
         return request_id in self.requests and request_id not in flight.dropped
@@ -284,8 +375,10 @@ class Engine:
         """Give a request's sequences their new tokens, end those that are done, and report."""
         before = request.live.copy()
         rows = self._reparent(request, sample)
-        lengths = [len(sequence.data.output_token_ids) for sequence in rows] if self._branch_observers else []
+        lengths = [len(sequence.data.output_token_ids) for sequence in rows] if self.reporter.follows_branches else []
         request.metrics.record_tokens(now, max((len(tokens) for tokens in sample.tokens), default=0))
+        if self._serves is not None:
+            self._serves.on_tokens(request, sum(map(len, sample.tokens)))
         request.metrics.num_draft_tokens += sample.num_drafts
         request.metrics.num_accepted_tokens += sum(sample.kept)
         for row, sequence in enumerate(rows):
@@ -297,8 +390,8 @@ class Engine:
                 self._close(request, sequence, status)
             elif sample.drafts is not None and not self._is_fork(sample, row):
                 self._take_drafts(request, sequence, sample.drafts[row])
-        if self._branch_observers:
-            self._observe_branches(request, sample, before, rows, lengths)
+        if self.reporter.follows_branches:
+            self.reporter.on_branches(request, sample, before, rows, lengths)
         if request.is_finished:
             return self._finish(request)
         if len(request.live) > request.width:
@@ -402,7 +495,10 @@ class Engine:
         if status is SequenceStatus.FINISHED_ERROR:
             # A NaN in a freed block would reach its next owner through masked attention (0 * NaN).
             pool = self.state.kv.pool
-            self._zero_blocks += [block for block in dict.fromkeys(held) if pool.references(block) == 0]
+            own = [block for block in dict.fromkeys(held) if pool.references(block) == 0]
+            for block in own:
+                pool.forget(block)
+            self._zero_blocks += own
         return self._finish(request, error)
 
     def _finish(self, request: Request, error: Exception | None = None) -> RequestOutput | None:
@@ -420,6 +516,7 @@ class Engine:
         self._forget_in_flight(request)
         self.executor.remove_request(request.request_id)
         request.metrics.finished_time = time.monotonic()
+        self.reporter.on_request(request, RequestEvent.FINISHED)
         output = self.outputs.output(request, ranked, finished=True, error=error)
         for sequence in request.get_seqs():
             self.outputs.forget(sequence)
@@ -432,74 +529,15 @@ class Engine:
         ended = [self._end_early(request, status, error) for request in requests]
         return [output for output in ended if output is not None]
 
-    def _note_idle_step(self) -> list[RequestOutput]:
-        """Fail the first in line if the scheduler keeps scheduling nothing, so that the rest can go on."""
-        if self._in_flight or not self.requests:
+    def _check_progress(self, scheduled: SchedulerOutput) -> list[RequestOutput]:
+        """Fail one request by name if steps keep leading nowhere, so that the rest can go on."""
+        if self._in_flight and not scheduled.seq_ids:
+            return []  # the next step depends on what is on its way
+        if not self.requests or not self._stall.is_stalled(scheduled):
             return []
-        self._idle_steps += 1
-        if self._idle_steps < MOST_IDLE_STEPS:
-            return []
-        self._idle_steps = 0
-        request = next(iter(self.requests.values()))
-        message = f"request {request.request_id!r}: scheduler {self.components.scheduler.name!r} makes no progress"
-        return self._end_all([request], SequenceStatus.FINISHED_ERROR, FoloError(message))
-
-    def _observe(self, scheduled: SchedulerOutput, result: StepResult, started: float) -> None:
-        if scheduled.seq_ids:
-            self._idle_steps = 0
-        if not self.observers:
-            return
-        pool = self.state.kv.pool
-        record = StepRecord(
-            step=self.step_count,
-            num_seqs=len(scheduled.seq_ids),
-            num_tokens=scheduled.num_tokens,
-            num_sampled=sum(len(tokens) for sample in result.samples for tokens in sample.tokens),
-            num_draft_tokens=sum(sample.num_drafts for sample in result.samples),
-            num_accepted_tokens=sum(sum(sample.kept) for sample in result.samples),
-            num_preempted=len(scheduled.preempted),
-            num_waiting=len(self.state.waiting),
-            num_running=len(self.state.running),
-            free_blocks=pool.num_free,
-            total_blocks=pool.num_usable,
-            seconds=time.perf_counter() - started,
-        )
-        for observer in self.observers.copy():
-            self._tell(observer, observer.on_step, record)
-
-    def _observe_branches(
-        self,
-        request: Request,
-        sample: RequestSample,
-        before: list[Sequence],
-        rows: list[Sequence],
-        lengths: list[int],
-    ) -> None:
-        """Tell what became of a request's sequences in this step; the rows were ``lengths`` long before it."""
-        stated = sample.stated
-        record = BranchRecord(
-            step=self.step_count,
-            request_id=request.request_id,
-            prompt_token_ids=request.prompt_token_ids,
-            parents=[before[parent].seq_id for parent in sample.parents],
-            rows=[sequence.seq_id for sequence in rows],
-            tokens=[s.data.output_token_ids[length:] for s, length in zip(rows, lengths, strict=True)],
-            logprobs=None if stated is None else [[] if n else row for n, row in zip(sample.kept, stated, strict=True)],
-            scores=[sequence.score for sequence in rows],
-            ended={s.seq_id: s.status.value for s in rows if s.is_finished},
-            pruned=[s.seq_id for s in before if s not in rows],
-            blocks={s.seq_id: s.block_table.blocks.copy() for s in request.live if s.block_table is not None},
-        )
-        for observer in self._branch_observers.copy():
-            self._tell(observer, observer.on_branches, record)
-
-    def _tell(self, observer: Observer, hear: Callable[[Any], None], record: object) -> None:
-        try:
-            hear(record)
-        except Exception:
-            logger.exception("observer %r raised and is dropped", observer)
-            self.observers.remove(observer)
-            self._branch_observers = [kept for kept in self._branch_observers if kept is not observer]
+        culprit = find_culprit(self.state, scheduled)
+        error = FoloError(describe(self.state, culprit, self.components.scheduler.name))
+        return self._end_all([culprit], SequenceStatus.FINISHED_ERROR, error)
 
 
 @attrs.frozen(slots=True)
@@ -508,6 +546,8 @@ class _Flight:
 
     scheduled: SchedulerOutput
     handle: StepHandle
+    progress: list[tuple[Request, Sequence, int]]
+    """Tokens of each sequence that are computed once the step is back."""
     dropped: set[str] = attrs.field(factory=set)
 
 

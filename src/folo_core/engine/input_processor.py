@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from folo_core.errors import ParamsError, RequestError
+from folo_core.kv_cache.prefix_cache import PrefixRoots
 from folo_core.request import Request, RequestMetrics
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 
 Prompt = str | Mapping[str, object] | Sequence[int]
-"""A text, ``{"prompt": text}``, ``{"prompt_token_ids": [...]}`` or a list of token ids."""
+"""A text, ``{"prompt": text}``, ``{"prompt_token_ids": [...]}`` or a list of token ids. A mapping may hold a
+``cache_salt``: what was computed for this prompt is then found by prompts of the same salt alone."""
 
 
 class InputProcessor:
@@ -33,10 +35,11 @@ class InputProcessor:
         limit = components.config.scheduler.max_model_len
         assert limit is not None  # noqa: S101 (a resolved config)
         self.max_model_len = limit
+        self._roots = PrefixRoots()
         self._seeds = random.Random(components.config.model.seed)  # noqa: S311 (sampling, not secrets)
         self._resolved: dict[int, tuple[SamplingParams, SamplingParams]] = {}
 
-    def process(
+    def process(  # noqa: PLR0913 (as many as Engine.add_request has)
         self,
         request_id: str,
         prompt: Prompt,
@@ -44,6 +47,7 @@ class InputProcessor:
         *,
         priority: int = 0,
         arrival: int = 0,
+        tenant: str = "",
     ) -> Request:
         """Build a request that the engine can run.
 
@@ -54,6 +58,7 @@ class InputProcessor:
         metrics = RequestMetrics()
         text, token_ids = self._tokenize(prompt)
         self._check_prompt(token_ids)
+        root = self._roots.root(_text("tenant", tenant), _salt(prompt))
         sampler = self.components.sampler_for(params)
         resolved = self._resolve_params(params)
         room = self.max_model_len - len(token_ids)
@@ -65,6 +70,8 @@ class InputProcessor:
             params=resolved if max_tokens == resolved.max_tokens else self._shorten(resolved, max_tokens),
             seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
             priority=priority,
+            tenant=tenant,
+            prefix_root=root,
             arrival=arrival,
             sampler=sampler,
             width=resolved.num_sequences,
@@ -100,7 +107,10 @@ class InputProcessor:
             raise RequestError(message)
         params = attrs.evolve(source.params, seed=None) if params is None else params
         prompt = {"prompt": source.prompt, "prompt_token_ids": source.prompt_token_ids}
-        request = self.process(request_id, prompt, params, priority=source.priority, arrival=arrival)
+        request = self.process(
+            request_id, prompt, params, priority=source.priority, arrival=arrival, tenant=source.tenant
+        )
+        request = attrs.evolve(request, prefix_root=source.prefix_root)
         if keep >= (request.params.max_tokens or 0):
             message = f"max_tokens: {request.params.max_tokens}: the branch takes over {keep} tokens, so ask for more"
             raise ParamsError(message)
@@ -207,3 +217,15 @@ class InputProcessor:
                 if ids:
                     forms[ids] = None
         return tuple(forms)
+
+
+def _salt(prompt: Prompt) -> str:
+    given = prompt.get("cache_salt", "") if isinstance(prompt, dict) else ""
+    return _text("cache_salt", given)
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        message = f"{name}: {value!r}: give a text"
+        raise RequestError(message)
+    return value

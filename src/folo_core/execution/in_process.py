@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from folo_core.errors import StepOutOfMemoryError
+from folo_core.execution.memory import free_cached_memory, is_out_of_memory
+
 if TYPE_CHECKING:
     from folo_core.execution.interface import ModelInfo, StepResult
     from folo_core.execution.model_runner import ModelRunner
@@ -40,8 +43,20 @@ class InProcessExecutor:
         self.runner.requests[request.request_id] = request
 
     def submit(self, scheduled: SchedulerOutput) -> FinishedStep:
-        """Run the step now."""
-        return FinishedStep(self.runner.run(scheduled))
+        """Run the step now.
+
+        Raises:
+            StepOutOfMemoryError: the device's memory could not hold it; what the failed step held is free again.
+        """
+        try:
+            return FinishedStep(self.runner.run(scheduled))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            text = f"step of {scheduled.num_tokens} tokens in {self.current_part()}: {str(error).splitlines()[0]}"
+        # Only now are the frames gone that hold the failed step's tensors.
+        free_cached_memory()
+        raise StepOutOfMemoryError(text)
 
     def rank(self, request: Request) -> list[Sequence]:
         """Ask the request's sampler for its ended sequences, best first.

@@ -84,6 +84,8 @@ class StepResult:
     """Request id to the candidates of the prompt positions that this step computed, in order."""
     errors: dict[str, Exception] = attrs.field(factory=dict)
     """Request id to the error that ended it in this step (a NaN row, a plugin that raised)."""
+    swap_seconds: float = 0.0
+    """How long the step's copies to and from the host held it up."""
 
 
 @attrs.define(slots=True)
@@ -130,7 +132,12 @@ class Executor(Protocol):
         """Make a request known before its first step."""
 
     def submit(self, scheduled: SchedulerOutput) -> StepHandle:
-        """Start a step."""
+        """Start a step.
+
+        Raises:
+            StepOutOfMemoryError: here or from the handle: the device's memory could not hold it. Of the sequences that
+                the executor knows all are released before they come again, so it may stop halfway.
+        """
 
     def rank(self, request: Request) -> list[Sequence]:
         """Ask the request's sampler for its ended sequences, best first."""

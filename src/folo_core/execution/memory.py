@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,20 @@ def side_model_budget(config: EngineConfig, info: ModelInfo, device: torch.devic
     one = -(-(config.max_model_len or info.max_model_len) // config.cache.block_size)
     limit = CPU_DEFAULT_BYTES if device.type == "cuda" else min(CPU_DEFAULT_BYTES, _free_host_memory() // 4)
     return max(one, min(config.scheduler.max_num_seqs * one, limit // block))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out. On the CPU torch says so in a plain RuntimeError."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def free_cached_memory() -> None:
+    """Give what torch keeps for later back to the device."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _free_host_memory() -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from folo_core.attention.interface import SwappingBackend
+from folo_core.errors import ConfigError
 from folo_core.execution.input_batch import InputBatch
 from folo_core.execution.interface import StepResult
 from folo_core.execution.logprobs import gather_logprobs
@@ -38,11 +41,14 @@ class ModelRunner:
         processors: Sequence[NamedPart],
         config: EngineConfig,
         num_blocks: int,
+        num_host_blocks: int = 0,
     ) -> None:
         self.model = model
         self.backend = backend
         block_size = config.cache.block_size
         backend.allocate(model.kv_cache_specs, num_blocks, block_size, model.device)
+        if num_host_blocks:
+            self._swapping.allocate_host(num_host_blocks)
         model.bind(backend)
         assert config.scheduler.max_model_len is not None  # noqa: S101 (a resolved config)
         self.batch = InputBatch(
@@ -64,8 +70,8 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, scheduled: SchedulerOutput) -> StepResult:
         """Run a step and return what it brought to the host."""
-        self._edit_batch(scheduled)
         result = StepResult()
+        self._edit_batch(scheduled, result)
         if not scheduled.seq_ids:
             return result
         step = self.batch.pack(scheduled)
@@ -85,7 +91,26 @@ class ModelRunner:
         self.current = "engine"
         return result
 
-    def _edit_batch(self, scheduled: SchedulerOutput) -> None:
+    @property
+    def _swapping(self) -> SwappingBackend:
+        if not isinstance(self.backend, SwappingBackend):
+            message = f"swap_space: attention backend {type(self.backend).__name__} cannot move blocks to the host"
+            raise ConfigError(message)
+        return self.backend
+
+    def _swap(self, scheduled: SchedulerOutput, result: StepResult) -> None:
+        """Copy blocks out; zero what nobody may see; copy blocks in: in this order, since blocks change hands."""
+        started = time.perf_counter()
+        if scheduled.swap_out:
+            self._swapping.swap_out(*_columns(scheduled.swap_out))
+        if scheduled.zero_blocks:
+            self.backend.zero_blocks(scheduled.zero_blocks)
+        if scheduled.swap_in:
+            self._swapping.swap_in(*_columns(scheduled.swap_in))
+        if scheduled.swap_out or scheduled.swap_in:
+            result.swap_seconds = time.perf_counter() - started
+
+    def _edit_batch(self, scheduled: SchedulerOutput, result: StepResult) -> None:
         """Bring slots, block tables and blocks up to date, in the order that SchedulerOutput promises."""
         for fork in scheduled.forks:
             request = self.requests[fork.request_id]
@@ -93,8 +118,7 @@ class ModelRunner:
             self.stage.assign(int(self.batch.slots_of([fork.child_id])[0]), request)
         for seq_id in scheduled.released:
             self.batch.remove(seq_id)
-        if scheduled.zero_blocks:
-            self.backend.zero_blocks(scheduled.zero_blocks)
+        self._swap(scheduled, result)
         for new in scheduled.new_sequences:
             request = self.requests[new.request_id]
             self.batch.add(new, request, keep_history=self.stage.needs_history(request))
@@ -140,3 +164,7 @@ class ModelRunner:
             tops = [request.params.prompt_logprobs] * count
             result.prompt_logprobs.setdefault(request.request_id, []).extend(gather_logprobs(log_probs, targets, tops))
             offset += count
+
+
+def _columns(pairs: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    return [first for first, _ in pairs], [second for _, second in pairs]

@@ -1,14 +1,16 @@
-"""The pool of KV blocks: a free queue and a reference count per block."""
+"""The pool of KV blocks: a reference count per block, and two queues of blocks that nobody references."""
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from typing import TYPE_CHECKING
 
 from folo_core.errors import BlockPoolError, OutOfBlocksError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    from folo_core.kv_cache.prefix_cache import PrefixIndex
 
 NULL_BLOCK = 0
 """Never owned: padding entries of block tables point to it."""
@@ -17,19 +19,34 @@ NULL_BLOCK = 0
 class BlockPool:
     """Owns ``num_blocks`` blocks, of which block 0 is the null block.
 
-    Freed blocks join the end of the queue and fresh ones leave from its front, so the block freed longest ago
-    is reused first, and a fresh pool hands out consecutive blocks.
+    A block is *referenced* by one or more tables, or *cached* (by none, but the index knows what it holds), or *free*.
+    Fresh blocks are taken from the free ones first, the one freed longest ago, and then from the cached ones, the one
+    used longest ago. A fresh pool hands out consecutive blocks.
     """
 
-    __slots__ = ("_free", "_references", "num_blocks")
+    __slots__ = ("_cached", "_free", "_references", "index", "most_cached", "num_blocks", "num_evicted")
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, index: PrefixIndex | None = None, most_cached: int | None = None) -> None:
+        """Create a pool without a single referenced block.
+
+        Args:
+            num_blocks: the null block included.
+            index: knows what blocks hold; None keeps nothing of a block that is released.
+            most_cached: cached blocks to keep at most; None for no limit.
+
+        Raises:
+            BlockPoolError: there is no block to use.
+        """
         if num_blocks < 2:  # noqa: PLR2004 (the null block and one to use)
             message = f"num_blocks={num_blocks}: a pool needs the null block and at least one more"
             raise BlockPoolError(message)
         self.num_blocks = num_blocks
+        self.index = index
+        self.most_cached = num_blocks if most_cached is None else most_cached
+        self.num_evicted = 0
         self._references = [0] * num_blocks
         self._free = deque(range(1, num_blocks))
+        self._cached: OrderedDict[int, None] = OrderedDict()
 
     @property
     def num_usable(self) -> int:
@@ -38,42 +55,61 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody references."""
+        """Blocks that nobody references and that hold nothing of use."""
         return len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks that nobody references, kept for what they hold until room is needed."""
+        return len(self._cached)
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that ``allocate`` can give: the free and the cached ones."""
+        return len(self._free) + len(self._cached)
 
     def references(self, block: int) -> int:
         """Return how many block tables hold ``block``."""
         return self._references[block]
 
+    def is_cached(self, block: int) -> bool:
+        """Whether nobody references ``block`` and it is kept for what it holds."""
+        return block in self._cached
+
     def allocate(self, count: int) -> list[int]:
-        """Take ``count`` free blocks, each with one reference.
+        """Take ``count`` blocks, each with one reference, evicting cached ones if too few are free.
 
         Raises:
-            OutOfBlocksError: fewer are free; nothing has changed.
+            OutOfBlocksError: fewer are available; nothing has changed.
         """
-        if count > len(self._free):
-            message = f"{count} blocks wanted, {len(self._free)} of {self.num_usable} free"
+        if count > self.num_available:
+            message = f"{count} blocks wanted, {self.num_available} of {self.num_usable} free"
             raise OutOfBlocksError(message)
-        blocks = [self._free.popleft() for _ in range(count)]
+        blocks = [self._free.popleft() for _ in range(min(count, len(self._free)))]
+        # A beginning is evicted from its end. Ascending, its blocks are a run again, which attention reads in place.
+        blocks += sorted(self._evict() for _ in range(count - len(blocks)))
         for block in blocks:
             self._references[block] = 1
         return blocks
 
     def share(self, blocks: Sequence[int]) -> None:
-        """Add one reference to each block.
+        """Add one reference to each block, whether referenced or cached.
 
         Raises:
             BlockPoolError: one of them is free or null; nothing has changed.
         """
         for block in blocks:
-            if block == NULL_BLOCK or self._references[block] < 1:
+            if block == NULL_BLOCK or (self._references[block] < 1 and block not in self._cached):
                 message = f"block {block} is free: only a block that somebody holds can be shared"
                 raise BlockPoolError(message)
         for block in blocks:
             self._references[block] += 1
+            self._cached.pop(block, None)
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Drop one reference from each block; those that reach zero become free.
+        """Drop one reference from each block; those that reach zero become cached or free.
+
+        Of a table's blocks the last counts as used longest ago: without those before it, it would be of no use.
 
         Raises:
             BlockPoolError: one would drop below zero (a double free); nothing has changed.
@@ -82,27 +118,76 @@ class BlockPool:
             if block == NULL_BLOCK or self._references[block] < drops:
                 message = f"block {block} freed {drops} times but referenced {self._references[block]} times"
                 raise BlockPoolError(message)
+        kept = []
         for block in blocks:
             self._references[block] -= 1
-            if self._references[block] == 0:
+            if self._references[block]:
+                continue
+            if self.index is not None and block in self.index:
+                kept.append(block)
+            else:
                 self._free.append(block)
+        for block in reversed(kept):
+            self._cached[block] = None
+        while len(self._cached) > self.most_cached:
+            self._free.append(self._evict())
+
+    def forget(self, block: int) -> None:
+        """Drop what the index knows about a block; if it was cached, it is free afterwards."""
+        if self.index is not None:
+            self.index.forget(block)
+        if block in self._cached:
+            del self._cached[block]
+            self._free.append(block)
+
+    def forget_all(self) -> None:
+        """Drop all that the index knows; no block is cached afterwards, and what is referenced stays so."""
+        for block in [] if self.index is None else list(self.index):
+            self.forget(block)
+
+    def _evict(self) -> int:
+        """Forget what the cached block used longest ago holds, and take it."""
+        block, _ = self._cached.popitem(last=False)
+        if self.index is not None:
+            self.index.forget(block)
+        self.num_evicted += 1
+        return block
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """Check the books against every block table there is.
 
         Raises:
-            BlockPoolError: free and referenced blocks overlap or do not add up, or a count is wrong.
+            BlockPoolError: free, cached and referenced blocks overlap or do not add up, a count is wrong, or the index
+                knows of a block that is free.
         """
         counted = Counter(block for table in tables for block in table)
         free = set(self._free)
-        if len(free) != len(self._free) or NULL_BLOCK in free or counted[NULL_BLOCK]:
+        if len(free) != len(self._free) or NULL_BLOCK in free or NULL_BLOCK in self._cached or counted[NULL_BLOCK]:
             message = "the free queue holds a block twice, or the null block is in use"
             raise BlockPoolError(message)
         for block in range(1, self.num_blocks):
             held = counted[block]
-            if self._references[block] != held or (block in free) != (held == 0):
+            places = (held > 0) + (block in free) + (block in self._cached)
+            if self._references[block] != held or places != 1:
                 message = (
                     f"block {block}: {held} tables hold it, its count says {self._references[block]}, "
-                    f"and it is {'' if block in free else 'not '}in the free queue"
+                    f"it is {'' if block in free else 'not '}in the free queue "
+                    f"and {'' if block in self._cached else 'not '}cached"
                 )
                 raise BlockPoolError(message)
+        self._check_index(free)
+
+    def _check_index(self, free: set[int]) -> None:
+        if self.index is None:
+            if self._cached:
+                message = f"blocks {list(self._cached)} are cached, and there is no index that knows what they hold"
+                raise BlockPoolError(message)
+            return
+        unknown = [block for block in self._cached if block not in self.index]
+        stale = [block for block in self.index if block in free or block == NULL_BLOCK]
+        if unknown or stale or len(self._cached) > self.most_cached:
+            message = (
+                f"cached blocks {unknown} hold nothing that the index knows, free blocks {stale} still do, "
+                f"and {len(self._cached)} of at most {self.most_cached} are cached"
+            )
+            raise BlockPoolError(message)

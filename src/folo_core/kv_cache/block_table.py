@@ -54,6 +54,9 @@ class BlockTable:
             copy = (tail, fresh.pop(0))
             self.pool.release([tail])
             self.blocks[-1] = copy[1]
+        elif count and self.num_tokens % self.block_size:
+            # Cut back into a block that was full: what the index says of it is about to become untrue.
+            self.pool.forget(self.blocks[-1])
         self.blocks += fresh
         self.num_tokens += count
         return copy
@@ -65,12 +68,20 @@ class BlockTable:
         del self.blocks[keep:]
         self.num_tokens = num_tokens
 
+    def adopt(self, blocks: list[int], num_tokens: int) -> None:
+        """Start an empty table with blocks that it shares with whoever holds them, or with the cache.
+
+        Raises:
+            BlockPoolError: one of them is free; nothing has changed.
+        """
+        self.pool.share(blocks)
+        self.blocks = blocks.copy()
+        self.num_tokens = num_tokens
+
     def fork(self) -> BlockTable:
         """Return a table over the same blocks, each with one more reference; nothing is copied yet."""
         child = BlockTable(self.pool, self.block_size)
-        self.pool.share(self.blocks)
-        child.blocks = self.blocks.copy()
-        child.num_tokens = self.num_tokens
+        child.adopt(self.blocks, self.num_tokens)
         return child
 
     def release(self) -> None:

@@ -5,29 +5,148 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+import attrs
+
+from folo_core.errors import BlockPoolError
 from folo_core.kv_cache.block_pool import BlockPool
 from folo_core.kv_cache.block_table import BlockTable, blocks_for
+from folo_core.kv_cache.prefix_cache import PrefixCacheStats, PrefixIndex, extend_digests
+from folo_core.kv_cache.swap import SwapSpace
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from collections.abc import Sequence as SequenceOf
 
+    from folo_core.kv_cache.swap import Pair
     from folo_core.sequence import Sequence
+
+
+@attrs.frozen(slots=True, kw_only=True)
+class KVCacheUsage:
+    """How the blocks of a device and of the host are used; in bytes, multiply by ``block_bytes``."""
+
+    block_size: int
+    """Tokens in a block."""
+    block_bytes: int
+    """Bytes of a block's keys and values over all layers; 0 if nobody said."""
+    num_blocks: int
+    num_free_blocks: int
+    num_cached_blocks: int
+    """Referenced by nobody, kept for what they hold."""
+    num_host_blocks: int
+    num_free_host_blocks: int
+
+    @property
+    def num_used_blocks(self) -> int:
+        """Blocks that sequences hold."""
+        return self.num_blocks - self.num_free_blocks - self.num_cached_blocks
 
 
 class KVCacheManager:
     """The scheduler's view of KV memory, in blocks. It never touches a tensor."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        self.pool = BlockPool(num_blocks)
+    def __init__(  # noqa: PLR0913 (one for each part that may be left out)
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        enable_prefix_caching: bool = False,
+        prefix_cache_size: int | None = None,
+        num_host_blocks: int = 0,
+        block_bytes: int = 0,
+    ) -> None:
+        """Create the books of an empty cache.
+
+        Args:
+            num_blocks: device blocks, the null block included.
+            block_size: tokens in a block.
+            enable_prefix_caching: keep what blocks hold when nobody references them, for those who begin alike.
+            prefix_cache_size: most blocks kept for that; None for as many as are free.
+            num_host_blocks: blocks on the host to swap to; 0 for none.
+            block_bytes: bytes of a block, for ``usage``.
+        """
+        self.index = PrefixIndex() if enable_prefix_caching else None
+        self.pool = BlockPool(num_blocks, self.index, prefix_cache_size)
+        self.swap = SwapSpace(num_host_blocks) if num_host_blocks else None
         self.block_size = block_size
+        self.block_bytes = block_bytes
+        self.stats = PrefixCacheStats()
+
+    def begin_step(self) -> None:
+        """Settle what the step before left to do. Called before each step is scheduled."""
+        if self.swap is not None:
+            self.swap.begin_step()
 
     def most_blocks(self, num_prompt_tokens: int, num_tokens: int, num_sequences: int) -> int:
         """Return how many blocks sequences of ``num_tokens`` tokens hold that share a prompt and nothing else."""
         shared = num_prompt_tokens // self.block_size
         return shared + (blocks_for(num_tokens, self.block_size) - shared) * num_sequences
 
-    def extend(self, sequences: SequenceOf[Sequence], counts: SequenceOf[int]) -> list[tuple[int, int] | None] | None:
+    def usage(self) -> KVCacheUsage:
+        """Return how the blocks are used."""
+        host = None if self.swap is None else self.swap.pool
+        return KVCacheUsage(
+            block_size=self.block_size,
+            block_bytes=self.block_bytes,
+            num_blocks=self.pool.num_usable,
+            num_free_blocks=self.pool.num_free,
+            num_cached_blocks=self.pool.num_cached,
+            num_host_blocks=0 if host is None else host.num_usable,
+            num_free_host_blocks=0 if host is None else host.num_free,
+        )
+
+    # --- the beginning that others have computed ------------------------------------------------------------------
+
+    def match(self, sequence: Sequence, num_tokens: int) -> list[int]:
+        """Return the blocks that hold a sequence's longest known beginning of fewer than ``num_tokens`` tokens."""
+        if self.index is None:
+            return []
+        size, tokens, blocks = self.block_size, sequence.data.token_ids, []
+        digests = extend_digests(sequence, (num_tokens - 1) // size, size)
+        for place in range((num_tokens - 1) // size):
+            content = tokens[place * size : (place + 1) * size]
+            block = self.index.find(digests[place + 1], digests[place], content)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def fits(self, found: list[int], num_tokens: int, spare: int) -> bool:
+        """Whether a sequence of ``num_tokens`` tokens that begins with the blocks ``found`` leaves ``spare`` blocks."""
+        taken_back = sum(map(self.pool.is_cached, found))
+        needed = blocks_for(num_tokens, self.block_size) - len(found)
+        return needed + spare <= self.pool.num_available - taken_back
+
+    def adopt(self, sequence: Sequence, found: list[int]) -> None:
+        """Start a sequence without memory on blocks that hold its beginning."""
+        table = self._table(sequence)
+        table.adopt(found, len(found) * self.block_size)
+        sequence.num_computed_tokens = table.num_tokens
+        sequence.num_indexed_blocks = len(found)
+
+    def commit(self, sequence: Sequence, num_computed_tokens: int) -> None:
+        """Let others find the full blocks among a sequence's first ``num_computed_tokens``, now that they are written.
+
+        Called when a step's result is here, and not before: what a failed step wrote must never be found.
+        """
+        table = sequence.block_table
+        if self.index is None or table is None:
+            return
+        full = min(num_computed_tokens, table.num_tokens, sequence.num_tokens) // self.block_size
+        size, tokens = self.block_size, sequence.data.token_ids
+        digests = extend_digests(sequence, full, size)
+        for place in range(sequence.num_indexed_blocks, full):
+            content = tokens[place * size : (place + 1) * size]
+            self.index.add(table.blocks[place], digests[place + 1], digests[place], content)
+        sequence.num_indexed_blocks = max(full, sequence.num_indexed_blocks)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what every block holds. Sequences keep the blocks that they have."""
+        self.pool.forget_all()
+
+    # --- room for new tokens --------------------------------------------------------------------------------------
+
+    def extend(self, sequences: SequenceOf[Sequence], counts: SequenceOf[int]) -> list[Pair | None] | None:
         """Make room for ``counts[i]`` new tokens of ``sequences[i]``, for all of them or for none.
 
         Returns:
@@ -37,7 +156,7 @@ class KVCacheManager:
         tables = [self._table(sequence) for sequence in sequences]
         needed = sum(map(BlockTable.missing_blocks, tables, counts))
         writing = [table for table, count in zip(tables, counts, strict=True) if count]
-        if needed + self._copies_needed(writing) > self.pool.num_free:
+        if needed + self._copies_needed(writing) > self.pool.num_available:
             return None
         return [table.append_tokens(count) for table, count in zip(tables, counts, strict=True)]
 
@@ -46,28 +165,96 @@ class KVCacheManager:
         if sequence.block_table is not None:
             sequence.block_table.truncate(num_tokens)
         sequence.num_computed_tokens = num_tokens
+        sequence.num_indexed_blocks = min(sequence.num_indexed_blocks, num_tokens // self.block_size)
 
     def release(self, sequence: Sequence) -> list[int]:
-        """Return a sequence's blocks to the pool; it has computed nothing afterwards.
+        """Return a sequence's blocks to the pool, on the host too; it has computed nothing afterwards.
 
         Returns:
-            The blocks it held, some of which others may still hold.
+            The device blocks it held, some of which others may still hold.
         """
         table, sequence.block_table = sequence.block_table, None
-        sequence.num_computed_tokens = 0
+        sequence.num_computed_tokens = sequence.num_indexed_blocks = 0
+        if self.swap is not None and sequence.host_blocks:
+            self.swap.drop(sequence.host_blocks)
+            sequence.host_blocks = []
         if table is None:
             return []
         held = table.blocks.copy()
         table.release()
         return held
 
+    # --- to the host and back ---------------------------------------------------------------------------------------
+
+    def swap_out(self, sequences: SequenceOf[Sequence]) -> list[Pair] | None:
+        """Move a group's blocks to the host: what it has computed stays computed, and what is shared stays shared.
+
+        Returns:
+            (device block, host block) pairs to copy before anybody writes; None if the host has no room, and then
+            nothing has changed.
+        """
+        held = {block for s in sequences if s.block_table is not None for block in s.block_table.blocks}
+        if self.swap is None or len(held) > self.swap.pool.num_available:
+            return None
+        for sequence in sequences:
+            # A step in flight may bring a newest token that is dropped with its row: it will be run again.
+            self.truncate(sequence, min(sequence.num_computed_tokens, sequence.num_tokens - 1))
+        tables = [[] if s.block_table is None else s.block_table.blocks for s in sequences]
+        host_tables, pairs = self.swap.store(tables)
+        for sequence, host_table in zip(sequences, host_tables, strict=True):
+            sequence.host_blocks = host_table
+            if sequence.block_table is not None:
+                sequence.block_table.release()
+                sequence.block_table = None
+                sequence.num_indexed_blocks = 0
+        return pairs
+
+    def swap_in(self, sequences: SequenceOf[Sequence], spare: int) -> list[Pair] | None:
+        """Bring a group's blocks back, if ``spare`` more remain then.
+
+        Returns:
+            (host block, device block) pairs to copy; None if the device has no room, and then nothing has changed.
+        """
+        distinct = list(dict.fromkeys(block for sequence in sequences for block in sequence.host_blocks))
+        if self.swap is None or len(distinct) + spare > self.pool.num_available:
+            return None
+        place = dict(zip(distinct, self.pool.allocate(len(distinct)), strict=True))
+        seen: set[int] = set()
+        for sequence in sequences:
+            if sequence.host_blocks:
+                blocks = [place[block] for block in sequence.host_blocks]
+                self.pool.share([block for block in blocks if block in seen])
+                seen.update(blocks)
+                table = self._table(sequence)
+                table.blocks, table.num_tokens = blocks, sequence.num_computed_tokens
+                self.swap.read(sequence.host_blocks)
+                sequence.host_blocks = []
+        return list(place.items())
+
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
-        """Check the pool against the tables of all sequences that exist.
+        """Check all books against all sequences that exist, and what the index says of their blocks.
 
         Raises:
-            BlockPoolError: the books do not balance.
+            BlockPoolError: the books do not balance, or a block is known to hold what its owner's tokens are not.
         """
-        self.pool.check_integrity(s.block_table.blocks for s in sequences if s.block_table is not None)
+        known = list(sequences)
+        self.pool.check_integrity(s.block_table.blocks for s in known if s.block_table is not None)
+        if self.swap is not None:
+            self.swap.check_integrity([sequence.host_blocks for sequence in known])
+        for sequence in known:
+            self._check_contents(sequence)
+
+    def _check_contents(self, sequence: Sequence) -> None:
+        table, size = sequence.block_table, self.block_size
+        if table is None or self.index is None:
+            return
+        full = min(table.num_tokens, sequence.num_tokens) // size
+        tokens, digests = sequence.data.token_ids, extend_digests(sequence, full, size)
+        for place, block in enumerate(table.blocks[:full]):
+            content = tokens[place * size : (place + 1) * size]
+            if block in self.index and self.index.contents(block) != (digests[place], content):
+                message = f"block {block} is known to hold other tokens than sequence {sequence.seq_id}'s {content}"
+                raise BlockPoolError(message)
 
     def _table(self, sequence: Sequence) -> BlockTable:
         if sequence.block_table is None:

@@ -41,12 +41,12 @@ def build_components(config: EngineConfig, registry: Registry) -> Components:
         PluginError: a named part does not exist, or its factory failed.
     """
     config = _with_plugin_sections(config, registry)
-    _warn_of_idle_options(config)
     config = attrs.evolve(config, model=attrs.evolve(config.model, model=_resolve_alias(config.model.model, registry)))
     loader = _choose_loader(config, registry).build(config)
     tokenizer = loader.load_tokenizer()
     model = loader.load_model(tokenizer)
     config, num_blocks = _size_cache(config, model.info, model.device)
+    block_bytes = config.cache.block_size * model.info.kv_bytes_per_token
     context = sampler_context(
         registry, vocab_size=model.info.vocab_size, device=model.device, config=config, tokenizer=tokenizer
     )
@@ -59,6 +59,7 @@ def build_components(config: EngineConfig, registry: Registry) -> Components:
             _build_each(registry.all("logits_processors"), config, model.info.vocab_size, model.device).values()
         ),
         num_blocks=num_blocks,
+        num_host_blocks=config.cache.swap_space // block_bytes,
     )
     return Components(
         config=config,
@@ -70,6 +71,8 @@ def build_components(config: EngineConfig, registry: Registry) -> Components:
         sampler_table=_sampler_table(registry, parts.samplers),
         served_fields=frozenset().union(*(part.spec.serves for part in registry.all("logits_processors"))),
         kv_blocks=num_blocks,
+        host_blocks=parts.num_host_blocks,
+        block_bytes=block_bytes,
         observers=tuple(p.part for p in _build_each(registry.all("observers"), config, config).values()),
     )
 
@@ -168,13 +171,6 @@ def _with_plugin_sections(config: EngineConfig, registry: Registry) -> EngineCon
         (part.spec.section, part.spec.from_version): part.spec.migrate for part in registry.all("config_migrations")
     }
     return config.with_sections(sections, migrations)
-
-
-def _warn_of_idle_options(config: EngineConfig) -> None:
-    """Say which options change nothing yet, so that nobody measures them."""
-    for name in ("enable_prefix_caching", "swap_space"):
-        if getattr(config.cache, name):
-            logger.warning("cache.%s: %r: has no effect yet", name, getattr(config.cache, name))
 
 
 def _resolve_alias(model: str, registry: Registry) -> str:

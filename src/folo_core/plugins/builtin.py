@@ -23,6 +23,7 @@ def _in_process(parts: ExecutorParts) -> Executor:
         processors=parts.processors,
         config=parts.config,
         num_blocks=parts.num_blocks,
+        num_host_blocks=parts.num_host_blocks,
     )
     return InProcessExecutor(runner)
 

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import attrs
 
+from folo_core.scheduling.costs import PreemptionCosts
+from folo_core.scheduling.queue import RequestQueue
+from folo_core.sequence import SequenceStatus
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from folo_core.kv_cache.manager import KVCacheManager
     from folo_core.request import Request
-    from folo_core.scheduling.queue import RequestQueue
 
 
 @attrs.frozen(slots=True, kw_only=True)
@@ -33,11 +36,40 @@ class SchedulerState:
 
     kv: KVCacheManager
     waiting: RequestQueue
-    """Requests that hold no memory, ordered by the policy's ``order``."""
+    """Requests that hold no memory on the device, ordered by the policy's ``order``. The keys and values of those that
+    were swapped out lie on the host (``request.is_swapped``)."""
     running: list[Request] = attrs.field(factory=list)
     """Requests that hold memory, ordered by the policy's ``order``."""
-    swapped: list[Request] = attrs.field(factory=list)
-    """Requests whose keys and values lie in host memory."""
+    costs: PreemptionCosts = attrs.field(factory=PreemptionCosts)
+    """Whether a preempted request is cheaper to move to the host and back, or to compute anew."""
+
+    @classmethod
+    def empty(
+        cls, kv: KVCacheManager, order: Callable[[Request], Any], costs: PreemptionCosts | None = None
+    ) -> SchedulerState:
+        """Return the state of an engine without requests, whose queues follow ``order``."""
+        costs = PreemptionCosts() if costs is None else costs
+        return cls(kv=kv, waiting=RequestQueue(order), costs=costs)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is no unfinished request."""
+        return not (self.waiting or self.running)
+
+    @property
+    def num_swapped(self) -> int:
+        """Waiting requests whose keys and values lie on the host."""
+        return sum(request.is_swapped for request in self.waiting)
+
+    def requeue(self, request: Request) -> None:
+        """Take a running or swapped request's memory, on the device or on the host, and queue it again."""
+        if self.waiting.remove(request.request_id) is None:
+            self.running.remove(request)
+        for sequence in request.live:
+            self.kv.release(sequence)
+            sequence.draft_token_ids.clear()
+            sequence.transition(SequenceStatus.WAITING)
+        self.waiting.push(request)
 
     def start(self, request: Request, order: Callable[[Request], Any]) -> None:
         """Put a request among the running ones, in the policy's order."""
@@ -84,8 +116,8 @@ class Fork:
 class SchedulerOutput:
     """One step, as parallel lists with an entry per scheduled sequence, and what the executor must do first.
 
-    The executor applies, in this order: ``forks``, ``released``, ``zero_blocks``, ``new_sequences``,
-    ``new_blocks``, block copies; then it runs the tokens.
+    The executor applies, in this order: ``forks``, ``released``, ``swap_out``, ``zero_blocks``, ``swap_in``,
+    ``new_sequences``, ``new_blocks``, block copies; then it runs the tokens.
     """
 
     seq_ids: list[int] = attrs.field(factory=list)
@@ -105,16 +137,33 @@ class SchedulerOutput:
     zero_blocks: list[int] = attrs.field(factory=list)
     """Blocks of failed requests: overwritten before anyone else owns them."""
     swap_out: list[tuple[int, int]] = attrs.field(factory=list)
-    """(device block, host block) pairs to move; likewise ``swap_in`` as (host block, device block)."""
+    """(device block, host block) pairs to copy; likewise ``swap_in`` as (host block, device block)."""
     swap_in: list[tuple[int, int]] = attrs.field(factory=list)
     scheduled: list[Request] = attrs.field(factory=list)
     """The requests these rows belong to, for the engine; executors in other processes do not get it."""
+    tokens_of_scheduled: list[int] = attrs.field(factory=list)
+    """How many tokens each of them runs."""
     preempted: list[Request] = attrs.field(factory=list)
+    """Requests that left in this step: to be computed anew, or, if their sequences are SWAPPED, to come back."""
+    admitted: list[Request] = attrs.field(factory=list)
+    """Requests that left the queue in this step."""
+    resumed: list[Request] = attrs.field(factory=list)
+    """Requests that came back from the host in this step."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the executor has nothing to do."""
+        return not (self.seq_ids or self.released or self.zero_blocks or self.swap_out or self.swap_in)
 
     @property
     def num_tokens(self) -> int:
         """Tokens that the step runs."""
         return sum(self.num_new_tokens)
+
+    def tokens_by_request(self) -> dict[str, int]:
+        """Return the tokens that the step runs, by request id."""
+        ids = (request.request_id for request in self.scheduled)
+        return dict(zip(ids, self.tokens_of_scheduled, strict=True))
 
 
 @runtime_checkable
@@ -126,3 +175,11 @@ class Scheduler(Protocol):
 
     def schedule(self, state: SchedulerState, budget: StepBudget) -> SchedulerOutput:
         """Choose the next step. Use ``StepPlanner``, which keeps budgets and group atomicity."""
+
+
+@runtime_checkable
+class ServiceScheduler(Scheduler, Protocol):
+    """A policy that is told what its choices came to: for fairness, deadlines and the like."""
+
+    def on_tokens(self, request: Request, num_tokens: int) -> None:
+        """Take note that a step gave the sequences of a request so many new tokens."""

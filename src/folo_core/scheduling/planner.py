@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from folo_core.errors import SchedulerError
+from folo_core.kv_cache.block_table import blocks_for
 from folo_core.scheduling.interface import NewSequence, SchedulerOutput
 from folo_core.sequence import SequenceStatus
 
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
     from folo_core.sequence import Sequence
 
 
+SPARE_SHARE = 16
+"""An admission leaves a block for each running sequence, but no more than this share of all blocks."""
+
+
 class StepPlanner:
     """One step in the making."""
 
@@ -30,6 +36,9 @@ class StepPlanner:
         self.output = SchedulerOutput()
         self.tokens_left = budget.max_num_batched_tokens
         self.seqs_left = budget.max_num_seqs - state.num_running_seqs
+        self._scheduled: set[str] = set()
+        self._underway: set[bytes] = set()
+        """Digests of the blocks that this step fills: found from the next step on."""
 
     def extend(self, request: Request) -> bool:
         """Schedule the next tokens of a running request.
@@ -43,41 +52,139 @@ class StepPlanner:
         return self._advance(request)
 
     def admit(self, request: Request) -> bool:
-        """Move the first waiting request into the step, with all its sequences or not at all.
+        """Move a waiting request into the step, with all its sequences or not at all.
+
+        One that was swapped out is brought back. For another, what it begins with is looked up among the blocks that
+        were computed before; if a block that it lacks is being computed in this very step, it waits for it.
 
         Returns:
-            False if slots, tokens or memory are short, and then nothing has changed.
+            False if slots, tokens or memory are short, or it waits for a block, and then nothing has changed.
         """
         if request.width > self.seqs_left:
             return False
-        first = request.live[0]
+        if request.is_swapped:
+            return self._bring_back(request)
+        first, kv = request.live[0], self.state.kv
         target = first.num_tokens if len(request.live) == 1 else _common_prefix(request.live)
-        counts = self._token_counts([target])
-        if counts is None or not self._grant(request, [first], counts):
+        found = [] if request.wants_prompt_logprobs else kv.match(first, target)
+        counts = self._token_counts([target - len(found) * kv.block_size])
+        if counts is None or (not request.wants_prompt_logprobs and self._awaits(first, target, len(found))):
             return False
+        if not kv.fits(found, len(found) * kv.block_size + counts[0], self._spare()):
+            return False
+        kv.adopt(first, found)
+        self._grant(request, [first], counts)
         self.state.waiting.remove(request.request_id)
-        self.state.start(request, self.order)
-        self.seqs_left -= request.width
-        for sequence in request.live:
-            sequence.transition(SequenceStatus.RUNNING)
-        self._introduce(request, [first], 0)
+        self.output.admitted.append(request)
+        self._start(request)
+        self._introduce(request, [first], len(found) * kv.block_size)
+        self._count_hits(request, target, len(found) * kv.block_size)
         return True
+
+    def could_admit(self, request: Request, victims: list[Request]) -> bool:
+        """Whether a request would find a place and memory if all of ``victims`` were preempted.
+
+        An estimate from above: blocks that they share with others count as theirs.
+        """
+        kv, first = self.state.kv, request.live[0]
+        places = self.seqs_left + sum(victim.width for victim in victims)
+        held = {b for v in victims for s in v.live if s.block_table is not None for b in s.block_table.blocks}
+        lying = {block for sequence in request.live for block in sequence.host_blocks}
+        needed = len(lying) or blocks_for(min(first.num_tokens, self.tokens_left), kv.block_size)
+        waits = not self._underway.isdisjoint(first.block_digests)
+        enough = places >= request.width and needed <= kv.pool.num_available + len(held)
+        return enough and self.tokens_left > 0 and not waits
+
+    def can_preempt(self, request: Request) -> bool:
+        """Whether this step has not scheduled the request yet: what a step reads or writes cannot be taken away."""
+        return request.request_id not in self._scheduled
 
     def preempt(self, request: Request) -> None:
         """Take all memory from a running request that this step has not scheduled, and queue it again.
 
-        Its tokens, random positions and text stay; its keys and values are computed anew when it returns.
+        Its tokens, random positions and text stay. Its keys and values move to the host if there is room and that is
+        the cheaper way; else they are computed anew when it returns.
+
+        Raises:
+            SchedulerError: the step has scheduled the request already; nothing has changed.
         """
-        self.state.running.remove(request)
+        if not self.can_preempt(request):
+            message = (
+                f"request {request.request_id!r}: this step has scheduled it: preempt another, or preempt it first"
+            )
+            raise SchedulerError(message)
         self.seqs_left += request.width
-        for sequence in request.live:
-            self.state.kv.release(sequence)
-            sequence.draft_token_ids.clear()
-            sequence.transition(SequenceStatus.WAITING)
-            self.output.released.append(sequence.seq_id)
+        self.output.released += [sequence.seq_id for sequence in request.live]
         request.metrics.num_preemptions += 1
         self.output.preempted.append(request)
-        self.state.waiting.push(request)
+        if not self._send_away(request):
+            self.state.requeue(request)
+
+    def _send_away(self, request: Request) -> bool:
+        """Move a request to the host, if that is worth it and there is room."""
+        live, state = request.live, self.state
+        blocks = {block for s in live if s.block_table is not None for block in s.block_table.blocks}
+        shared = _common_prefix(live) if len(live) > 1 else 0
+        tokens = sum(max(s.num_computed_tokens - shared, 0) for s in live) + shared
+        # A sequence without a computed token has nothing to move. And what a step in flight will say of a prompt is
+        # lost with it: such a prompt is computed anew.
+        bare = min(live[0].num_computed_tokens, live[0].num_tokens - 1) < 1
+        if bare or request.wants_prompt_logprobs or not state.costs.prefers_swap(tokens, len(blocks)):
+            return False
+        pairs = state.kv.swap_out(live)
+        if pairs is None:
+            return False
+        self.output.swap_out += pairs
+        request.metrics.num_swaps += 1
+        state.running.remove(request)
+        for sequence in live:
+            sequence.draft_token_ids.clear()
+            sequence.transition(SequenceStatus.SWAPPED)
+        state.waiting.push(request)
+        return True
+
+    def _bring_back(self, request: Request) -> bool:
+        """Move a request from the host back, and schedule its next tokens if there is room for them too."""
+        kv, known = self.state.kv, {s.seq_id: s.num_computed_tokens for s in request.live if s.host_blocks}
+        ahead = sum(min(s.num_uncomputed_tokens, self.tokens_left) for s in request.live)
+        pairs = kv.swap_in(request.live, self._spare() + len(known) + ahead // kv.block_size)
+        if pairs is None:
+            return False
+        self.output.swap_in += pairs
+        self.output.resumed.append(request)
+        self.state.waiting.remove(request.request_id)
+        self._start(request)
+        self.extend(request)
+        for sequence in request.live:
+            if sequence.seq_id in known:
+                self._introduce(request, [sequence], known[sequence.seq_id])
+        return True
+
+    def _start(self, request: Request) -> None:
+        self.state.start(request, self.order)
+        self.seqs_left -= request.width
+        for sequence in request.live:
+            sequence.transition(SequenceStatus.RUNNING)
+
+    def _spare(self) -> int:
+        """Blocks that an admission leaves for those who run: the newcomer would soon have to yield them."""
+        return min(self.budget.max_num_seqs - self.seqs_left, self.state.kv.pool.num_usable // SPARE_SHARE)
+
+    def _awaits(self, sequence: Sequence, target: int, num_found: int) -> bool:
+        """Whether the next block that a sequence would have to compute is being computed in this step."""
+        if (num_found + 1) * self.state.kv.block_size >= target or not self._underway:
+            return False
+        return sequence.block_digests[num_found + 1] in self._underway
+
+    def _count_hits(self, request: Request, num_tokens: int, num_found: int) -> None:
+        stats = self.state.kv.stats
+        if request.metrics.num_preemptions:
+            stats.num_resumed_tokens += num_found
+            return
+        request.live[0].num_cached_tokens = num_found
+        stats.num_requests += 1
+        stats.num_queried_tokens += num_tokens
+        stats.num_hit_tokens += num_found
 
     def _advance(self, request: Request) -> bool:
         """Schedule the next tokens of a group that is in memory, with its drafts if there is room for them."""
@@ -96,20 +203,27 @@ class StepPlanner:
     def _gather(self, request: Request) -> bool:
         """Bring a preempted group back: its first sequence computes what all share, then the others join it."""
         first, *others = request.live
+        kv = self.state.kv
         missing = _common_prefix(request.live) - first.num_computed_tokens
         if missing > 0:
             counts = self._token_counts([missing])
             return counts is None or self._grant(request, [first], counts)
         assert first.block_table is not None  # noqa: S101 (it has computed tokens)
-        shared = first.num_computed_tokens
         for sequence in others:
-            sequence.block_table = first.block_table.fork()
-            sequence.num_computed_tokens = shared
+            found = kv.match(sequence, sequence.num_tokens)
+            if len(found) * kv.block_size > first.num_computed_tokens:
+                kv.adopt(sequence, found)
+            else:
+                sequence.block_table = first.block_table.fork()
+                sequence.num_computed_tokens = first.num_computed_tokens
+                sequence.num_indexed_blocks = first.num_indexed_blocks
+        known = [sequence.num_computed_tokens for sequence in others]
         if self._advance(request):
-            self._introduce(request, others, shared)
+            for sequence, num_computed in zip(others, known, strict=True):
+                self._introduce(request, [sequence], num_computed)
             return True
         for sequence in others:
-            self.state.kv.release(sequence)
+            kv.release(sequence)
         return False
 
     def _introduce(self, request: Request, sequences: list[Sequence], num_computed: int) -> None:
@@ -158,6 +272,8 @@ class StepPlanner:
             self._write_row(sequence, count, known)
         self.tokens_left -= sum(counts)
         output.scheduled.append(request)
+        output.tokens_of_scheduled.append(sum(counts))
+        self._scheduled.add(request.request_id)
         return True
 
     def _write_row(self, sequence: Sequence, count: int, known_blocks: int) -> None:
@@ -168,7 +284,9 @@ class StepPlanner:
             self.output.new_blocks[sequence.seq_id] = (known_blocks, table.blocks[known_blocks:])
         if count == 0:
             return
+        size, before = self.state.kv.block_size, sequence.num_computed_tokens
         sequence.num_computed_tokens += count
+        self._underway.update(sequence.block_digests[before // size + 1 : sequence.num_computed_tokens // size + 1])
         self.output.seq_ids.append(sequence.seq_id)
         self.output.num_new_tokens.append(count)
         num_drafts = sequence.num_computed_tokens - sequence.num_tokens

@@ -34,8 +34,8 @@ from folo_core.kv_cache.manager import KVCacheManager
 from folo_core.plugins.hookspecs import PROJECT
 from folo_core.sampling.interface import LogitsProcessor
 from folo_core.sampling_params import SamplingParams
+from folo_core.scheduling.costs import PreemptionCosts
 from folo_core.scheduling.interface import Scheduler, SchedulerState, StepBudget
-from folo_core.scheduling.queue import RequestQueue
 from folo_core.testing.builders import logits_of, make_metadata, make_request
 from folo_core.testing.harness import require
 from folo_core.testing.installed import Installed, PartConformance
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from folo_core.plugins.registry import Part, Registry
+    from folo_core.request import Request
 
 __all__ = [
     "SUITES",
@@ -208,14 +209,25 @@ class SchedulerConformance(PartConformance):
     def test_everything_finishes_within_budget(self, part: Part) -> None:
         """Each step keeps the budget and moves on; blocks balance; everyone finishes and the pool is whole again."""
         scheduler: Scheduler = part.build(self.config())
-        state = SchedulerState(kv=KVCacheManager(num_blocks=14, block_size=4), waiting=RequestQueue(scheduler.order))
+        self._finish_all(scheduler, SchedulerState.empty(KVCacheManager(num_blocks=14, block_size=4), scheduler.order))
+
+    def test_swapped_requests_come_back(self, part: Part) -> None:
+        """The same when preempted requests move to the host: they wait like others and are admitted like others."""
+        scheduler: Scheduler = part.build(self.config())
+        kv = KVCacheManager(num_blocks=14, block_size=4, num_host_blocks=8)
+        state = SchedulerState.empty(kv, scheduler.order, PreemptionCosts(mode="swap"))
+        requests = self._finish_all(scheduler, state)
+        require(any(request.metrics.num_swaps for request in requests), "nothing was swapped")
+
+    def _finish_all(self, scheduler: Scheduler, state: SchedulerState) -> list[Request]:
         requests = self._requests()
         for request in requests:
             state.waiting.push(request)
         usable, preemptions = state.kv.pool.num_free, 0
         for _ in range(50 * self.num_requests):
-            if not (state.waiting or state.running):
+            if state.is_idle:
                 break
+            state.kv.begin_step()
             output = scheduler.schedule(state, self.budget)
             preemptions += len(output.preempted)
             require(output.num_tokens > 0, f"{len(state.waiting)} requests wait, and a step runs nothing")
@@ -226,6 +238,7 @@ class SchedulerConformance(PartConformance):
         require(all(request.is_finished for request in requests), "some request never finished")
         require(state.kv.pool.num_free == usable, "blocks were lost")
         require(preemptions, "memory was never short: this check has shown less than it should")
+        return requests
 
     def _requests(self) -> list[Any]:
         requests = []

@@ -83,6 +83,18 @@ class FakeBackend:
         """Forget what blocks held."""
         self.cache[blocks] = 0
 
+    def allocate_host(self, num_blocks: int) -> None:
+        """Make room on the "host", likewise filled with -1; block 0 is the null block there, too."""
+        self.host = torch.full((num_blocks + 1, self.cache.shape[1]), -1, dtype=torch.int64)
+
+    def swap_out(self, device_blocks: list[int], host_blocks: list[int]) -> None:
+        """Copy blocks to the host."""
+        self.host[host_blocks] = self.cache[device_blocks]
+
+    def swap_in(self, host_blocks: list[int], device_blocks: list[int]) -> None:
+        """Copy blocks back."""
+        self.cache[device_blocks] = self.host[host_blocks]
+
 
 class FakeModel:
     """Reads its own past from the blocks and maps it to logits. ``before_forward`` lets a test inject faults."""

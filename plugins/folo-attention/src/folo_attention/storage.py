@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from folo_attention.host import HostBlocks
+
 if TYPE_CHECKING:
     from folo_core.attention.interface import KVCacheSpec
 
@@ -50,6 +52,18 @@ class PagedStorage:
         slots = self._slots_of(blocks)
         for cache in (*self._keys, *self._values):
             cache.index_fill_(0, slots, 0)
+
+    def allocate_host(self, num_blocks: int) -> None:
+        """Allocate room on the host for blocks 1 to ``num_blocks`` of all layers."""
+        self._host = HostBlocks([*self._keys, *self._values], self._num_slots // self._block_size, num_blocks)
+
+    def swap_out(self, device_blocks: list[int], host_blocks: list[int]) -> None:
+        """Copy each device block to the host block beside it, in every layer."""
+        self._host.store(device_blocks, host_blocks)
+
+    def swap_in(self, host_blocks: list[int], device_blocks: list[int]) -> None:
+        """Copy each host block to the device block beside it, in every layer."""
+        self._host.load(host_blocks, device_blocks)
 
     def _write(
         self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor

@@ -23,24 +23,52 @@ class FCFSScheduler:
         return (request.arrival,)
 
     def schedule(self, state: SchedulerState, budget: StepBudget) -> SchedulerOutput:
-        """Extend what runs, oldest first; then admit from the queue while nobody had to yield."""
+        """Extend what runs, first in order first; then admit from the queue while nobody had to yield."""
         planner = StepPlanner(state, budget, self.order)
         position = 0
         while position < len(state.running):
             request = state.running[position]
-            if planner.extend(request):
-                position += 1
-            else:
-                planner.preempt(state.running[-1])
+            if self._make_way(planner, request):
+                position += 1  # another was admitted before it
+            elif position < len(state.running) and state.running[position] is request:
+                if planner.extend(request):
+                    position += 1
+                else:
+                    planner.preempt(state.running[-1])
         if not planner.output.preempted:
             while state.waiting and planner.admit(state.waiting.peek()):
                 pass
         return planner.output
 
+    def _make_way(self, planner: StepPlanner, running: Request) -> bool:
+        """Admit a request that comes before ``running``, perhaps in its place; here nobody yields to a newcomer."""
+        return False
+
 
 class PriorityScheduler(FCFSScheduler):
-    """Lower ``priority`` first, then by arrival; the least urgent request yields first."""
+    """Lower ``priority`` first, then by arrival; the least urgent request yields, also to a newcomer more urgent."""
 
     def order(self, request: Request) -> tuple[int, ...]:
         """Sort by priority, then by arrival."""
         return (request.priority, request.arrival)
+
+    def _make_way(self, planner: StepPlanner, running: Request) -> bool:
+        """Admit the first in line before ``running`` if it outranks it, at the cost of those that it outranks."""
+        state = planner.state
+        if not state.waiting or not _outranks(following := state.waiting.peek(), running):
+            return False
+        if planner.admit(following):
+            return True
+        victims = [other for other in state.running if _outranks(following, other) and planner.can_preempt(other)]
+        if not planner.could_admit(following, victims):
+            return False
+        while victims:
+            planner.preempt(victims.pop())
+            if planner.admit(following):
+                return True
+        return False
+
+
+def _outranks(waiting: Request, running: Request) -> bool:
+    """Whether ``waiting`` is more urgent. Among equals nobody yields to a newcomer."""
+    return waiting.priority < running.priority

@@ -24,10 +24,19 @@ def _priority(config: SchedulerConfig) -> Scheduler:
     return PriorityScheduler(config)
 
 
+def _fair(config: SchedulerConfig) -> Scheduler:
+    from folo_schedulers.fair import FairScheduler
+
+    return FairScheduler(config)
+
+
 @hookimpl
 def folo_schedulers() -> list[SchedulerSpec]:
-    """Offer ``fcfs`` and ``priority``."""
+    """Offer ``fcfs``, ``priority`` and ``fair``."""
     return [
         SchedulerSpec(name="fcfs", help="First come, first served; the youngest yields memory first.", factory=_fcfs),
-        SchedulerSpec(name="priority", help="Lower priority value first, then arrival.", factory=_priority),
+        SchedulerSpec(
+            name="priority", help="Lower priority value first, then arrival; preempts for it.", factory=_priority
+        ),
+        SchedulerSpec(name="fair", help="The tenant who was served least comes next.", factory=_fair),
     ]
