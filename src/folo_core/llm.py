@@ -131,8 +131,7 @@ class LLM:
         """
         params = _one_each(sampling_params or SamplingParams(), len(prompts), "sampling_params")
         priorities = _one_each(0 if priority is None else priority, len(prompts), "priority")
-        tenants = [tenant] * len(prompts) if isinstance(tenant, str) else list(tenant)
-        _one_each(tenants, len(prompts), "tenant")
+        tenants = _one_text_each(tenant, len(prompts), "tenant")
         final = {id(p): attrs.evolve(p, output_kind=RequestOutputKind.FINAL_ONLY) for p in params}
         places: dict[str, int] = {}
         try:
@@ -248,6 +247,15 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if items and all(isinstance(item, int) for item in items):
         return [cast("list[int]", items)]
     return cast("list[Prompt]", items)
+
+
+def _one_text_each(given: str | Sequence[str], count: int, name: str) -> list[str]:
+    """Like ``_one_each`` for texts, each of which is itself a sequence."""
+    texts = [given] * count if isinstance(given, str) else list(given)
+    if len(texts) != count:
+        message = f"{name}: {len(texts)} given for {count} prompts: give one for all, or one for each"
+        raise RequestError(message)
+    return texts
 
 
 def _one_each(given: T | Sequence[T], count: int, name: str) -> list[T]:
