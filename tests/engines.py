@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -172,27 +173,56 @@ class DeferredExecutor:
     def build(self, parts: Any) -> Any:
         from folo_core.plugins.builtin import _in_process
 
-        self.inner = _in_process(parts)
-        self.inner.max_steps_in_flight = self.depth
-        submit, waiting = self.inner.submit, []
+        self.inner = inner = _in_process(parts)
+        inner.max_steps_in_flight = self.depth
+        submit, remove = inner.submit, inner.remove_request
+        waiting: list[Any] = []
+        """Steps and removals that were asked for and not done yet: a device does them in this order."""
 
-        def defer(scheduled: Any) -> Any:
-            waiting.append(scheduled)
-            self.most_in_flight = max(self.most_in_flight, len(waiting))
+        class Step:
+            def __init__(self, scheduled: Any) -> None:
+                self.scheduled, self.outcome = scheduled, None
 
-            class Handle:
-                def result(self) -> Any:
-                    waiting.remove(scheduled)
-                    return submit(scheduled).result()
+            def run(self) -> None:
+                try:
+                    value = submit(self.scheduled).result()
+                    self.outcome = lambda: value
+                except Exception as error:  # noqa: BLE001 (it belongs to whoever asks for the result)
+                    self.outcome = partial(_raise, error)
 
-            return Handle()
+            def result(self) -> Any:
+                while self.outcome is None or (waiting and not is_step(waiting[0])):
+                    waiting.pop(0)()
+                return self.outcome()
 
-        self.inner.submit = defer
-        return self.inner
+        def is_step(action: Any) -> bool:
+            return isinstance(getattr(action, "__self__", None), Step)
+
+        def defer(scheduled: Any) -> Step:
+            step = Step(scheduled)
+            waiting.append(step.run)
+            self.most_in_flight = max(self.most_in_flight, sum(map(is_step, waiting)))
+            return step
+
+        def remove_later(request_id: str) -> None:
+            request = inner.runner.requests.get(request_id)
+
+            def remove_it() -> None:
+                if inner.runner.requests.get(request_id) is request:  # its name may have been given to a newer one
+                    remove(request_id)
+
+            waiting.append(remove_it) if waiting else remove_it()
+
+        inner.submit, inner.remove_request = defer, remove_later
+        return inner
 
     @hookimpl
     def folo_executors(self) -> list[ExecutorSpec]:
         return [ExecutorSpec(name="deferred", help="for tests", factory=self.build)]
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 class ObserverPlugin:

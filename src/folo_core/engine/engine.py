@@ -288,6 +288,7 @@ class Engine:
         except Exception as error:
             logger.warning("step %d failed: %s", self.step_count, error, exc_info=logger.isEnabledFor(logging.DEBUG))
             fault = self._step_error(error)
+            self._distrust(flight)
             return StepResult(errors={request.request_id: fault for request in flight.scheduled.scheduled})
         self._steps_in_memory += 1
         if self.budget is not self._full_budget and self._steps_in_memory >= STEPS_BEFORE_GROWTH:
@@ -300,19 +301,11 @@ class Engine:
         How far the executor came is not known, so everything that runs is computed anew. If the step was of one
         request alone and as small as a step can be, that request ends in the error.
         """
-        scheduled, state = flight.scheduled, self.state
+        scheduled = flight.scheduled
         logger.warning("a step of %d tokens ran out of memory: %s", scheduled.num_tokens, error)
-        moved = [request for request in scheduled.preempted if request.is_swapped]
-        self._forks.clear()
-        for request in [*state.running, *moved]:
-            if request in state.running:
-                self._released += [sequence.seq_id for sequence in request.live]
-                request.metrics.num_preemptions += 1
-                self._forget_in_flight(request)
-                if request.wants_prompt_logprobs:
-                    request.prompt_logprobs.clear()
-            state.requeue(request)
-            self.reporter.on_request(request, RequestEvent.PREEMPTED)
+        self._distrust(flight)
+        for request in self.state.running.copy():
+            self._compute_anew(request)
         self._released = scheduled.released + self._released
         self._zero_blocks = scheduled.zero_blocks + self._zero_blocks
         least = max((request.width for request in scheduled.scheduled), default=1)
@@ -320,6 +313,28 @@ class Engine:
             return StepResult(errors={scheduled.scheduled[0].request_id: error})
         self._set_token_budget(max(least, scheduled.num_tokens // 2))
         return StepResult()
+
+    def _distrust(self, flight: _Flight) -> None:
+        """Have those computed anew whose keys and values a failed step was to compute or to move, if they go on."""
+        moved = (*flight.scheduled.preempted, *flight.scheduled.resumed)
+        for request_id in dict.fromkeys([*flight.dropped, *(request.request_id for request in moved)]):
+            request = self.requests.get(request_id)
+            if request is not None and (request.is_swapped or request in self.state.running):
+                self._compute_anew(request)
+
+    def _compute_anew(self, request: Request) -> None:
+        """Take all memory of a running or swapped request and queue it again."""
+        own = {sequence.seq_id for sequence in request.live}
+        if not request.is_swapped:
+            # A fork that the executor has not seen yet is none of its sequences.
+            self._released += own - {fork.child_id for fork in self._forks}
+            self._forks = [fork for fork in self._forks if fork.child_id not in own]
+            request.metrics.num_preemptions += 1
+            self._forget_in_flight(request)
+            if request.wants_prompt_logprobs:
+                request.prompt_logprobs.clear()
+        self.state.requeue(request)
+        self.reporter.on_request(request, RequestEvent.PREEMPTED)
 
     def _set_token_budget(self, num_tokens: int) -> None:
         full = self._full_budget
@@ -533,6 +548,8 @@ class Engine:
         """Fail one request by name if steps keep leading nowhere, so that the rest can go on."""
         if self._in_flight and not scheduled.seq_ids:
             return []  # the next step depends on what is on its way
+        if not scheduled.seq_ids and self.budget is not self._full_budget:
+            self._set_token_budget(2 * self.budget.max_num_batched_tokens)  # cut below the width of what is left to run
         if not self.requests or not self._stall.is_stalled(scheduled):
             return []
         culprit = find_culprit(self.state, scheduled)

@@ -153,7 +153,8 @@ class SchedulerOutput:
     @property
     def is_empty(self) -> bool:
         """Whether the executor has nothing to do."""
-        return not (self.seq_ids or self.released or self.zero_blocks or self.swap_out or self.swap_in)
+        work = (self.seq_ids, self.forks, self.released, self.zero_blocks, self.swap_out, self.swap_in)
+        return not any(work)
 
     @property
     def num_tokens(self) -> int:
