@@ -71,8 +71,7 @@ class EngineMachine:
         try:
             self.engine.add_request(self._name("t"), prompt, params)
         except RequestError as error:
-            assert error.code == "kv_cache_too_small"
-            self._note("refused")
+            self._note(f"refused: {error.code}")
         else:
             self._note("add tree")
 

@@ -161,6 +161,29 @@ class SchedulerPlugin:
         return [SchedulerSpec(name="test", help="for tests", factory=lambda *_: self.scheduler)]
 
 
+class _DeferredStep:
+    """Runs all that was asked for before it, then itself, and then the removals that came before the next step."""
+
+    def __init__(self, run: Callable[[], Any], waiting: list[Any]) -> None:
+        self._run, self._waiting = run, waiting
+        self._outcome: Callable[[], Any] | None = None
+
+    def __call__(self) -> None:
+        try:
+            self._outcome = self._run().result
+        except Exception as error:  # noqa: BLE001 (it belongs to whoever asks for the result)
+            self._outcome = partial(_raise, error)
+
+    def result(self) -> Any:
+        while self._outcome is None or (self._waiting and not isinstance(self._waiting[0], _DeferredStep)):
+            self._waiting.pop(0)()
+        return self._outcome()
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
 class DeferredExecutor:
     """Keeps up to ``depth`` steps in flight: a step runs when its result is asked for, or a later one is submitted."""
 
@@ -173,56 +196,33 @@ class DeferredExecutor:
     def build(self, parts: Any) -> Any:
         from folo_core.plugins.builtin import _in_process
 
-        self.inner = inner = _in_process(parts)
-        inner.max_steps_in_flight = self.depth
-        submit, remove = inner.submit, inner.remove_request
-        waiting: list[Any] = []
+        self.inner = _in_process(parts)
+        self.inner.max_steps_in_flight = self.depth
+        self._submit, self._remove = self.inner.submit, self.inner.remove_request
+        self._waiting: list[Any] = []
         """Steps and removals that were asked for and not done yet: a device does them in this order."""
+        self.inner.submit, self.inner.remove_request = self._defer, self._remove_later
+        return self.inner
 
-        class Step:
-            def __init__(self, scheduled: Any) -> None:
-                self.scheduled, self.outcome = scheduled, None
+    def _defer(self, scheduled: Any) -> Any:
+        step = _DeferredStep(partial(self._submit, scheduled), self._waiting)
+        self._waiting.append(step)
+        self.most_in_flight = max(self.most_in_flight, sum(isinstance(a, _DeferredStep) for a in self._waiting))
+        return step
 
-            def run(self) -> None:
-                try:
-                    value = submit(self.scheduled).result()
-                    self.outcome = lambda: value
-                except Exception as error:  # noqa: BLE001 (it belongs to whoever asks for the result)
-                    self.outcome = partial(_raise, error)
+    def _remove_later(self, request_id: str) -> None:
+        requests = self.inner.runner.requests
+        request = requests.get(request_id)
 
-            def result(self) -> Any:
-                while self.outcome is None or (waiting and not is_step(waiting[0])):
-                    waiting.pop(0)()
-                return self.outcome()
+        def remove() -> None:
+            if requests.get(request_id) is request:  # its name may have been given to a newer one
+                self._remove(request_id)
 
-        def is_step(action: Any) -> bool:
-            return isinstance(getattr(action, "__self__", None), Step)
-
-        def defer(scheduled: Any) -> Step:
-            step = Step(scheduled)
-            waiting.append(step.run)
-            self.most_in_flight = max(self.most_in_flight, sum(map(is_step, waiting)))
-            return step
-
-        def remove_later(request_id: str) -> None:
-            request = inner.runner.requests.get(request_id)
-
-            def remove_it() -> None:
-                if inner.runner.requests.get(request_id) is request:  # its name may have been given to a newer one
-                    remove(request_id)
-
-            waiting.append(remove_it) if waiting else remove_it()
-
-        inner.submit, inner.remove_request = defer, remove_later
-        return inner
+        self._waiting.append(remove) if self._waiting else remove()
 
     @hookimpl
     def folo_executors(self) -> list[ExecutorSpec]:
         return [ExecutorSpec(name="deferred", help="for tests", factory=self.build)]
-
-
-def _raise(error: Exception) -> None:
-    raise error
 
 
 class ObserverPlugin:
