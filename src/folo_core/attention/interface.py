@@ -53,6 +53,14 @@ class AttentionMetadata:
     plan: object | None = None
     """What ``AttentionBackend.plan`` returned for this step: shared by all layers, private to the backend."""
 
+    def to_device(self, device: torch.device) -> None:
+        """Fill in the ``*_device`` tensors, for backends that ask for them."""
+        import torch
+
+        self.query_start_device = torch.from_numpy(self.query_start).to(device, non_blocking=True)
+        self.seq_lens_device = torch.from_numpy(self.seq_lens).to(device, non_blocking=True)
+        self.block_tables_device = torch.from_numpy(self.block_tables).to(device, non_blocking=True)
+
 
 @runtime_checkable
 class AttentionBackend(Protocol):

@@ -204,12 +204,6 @@ class InputBatch:
             metadata=metadata,
         )
 
-    def upload_plan(self, metadata: AttentionMetadata) -> None:
-        """Fill in the ``*_device`` tensors, for backends that ask for them."""
-        metadata.query_start_device = self._upload(metadata.query_start)
-        metadata.seq_lens_device = self._upload(metadata.seq_lens)
-        metadata.block_tables_device = self._upload(metadata.block_tables)
-
     def gather_columns(self, slots: NDArray[np.int64]) -> dict[str, torch.Tensor]:
         """Return the sampling parameters of these slots as device tensors ``[len(slots)]``, plus ``slots``."""
         if self._uploaded != self.version:

@@ -48,7 +48,7 @@ class LoadedModel(Protocol):
     device: torch.device
 
     def bind(self, backend: AttentionBackend) -> None:
-        """Attach the backend that every attention layer will call. Called once."""
+        """Attach the backend that every attention layer calls from now on: one to measure a step, then the engine's."""
 
     def forward(
         self,

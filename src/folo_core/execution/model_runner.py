@@ -77,7 +77,7 @@ class ModelRunner:
         step = self.batch.pack(scheduled)
         wanted, prompt_rows = self._logits_wanted(step)
         if self.backend.wants_device_metadata:
-            self.batch.upload_plan(step.metadata)
+            step.metadata.to_device(self.model.device)
         step.metadata.plan = self.backend.plan(step.metadata)
         self.current = f"model {self.model.info.architecture!r}"
         index = torch.from_numpy(wanted).to(self.model.device)

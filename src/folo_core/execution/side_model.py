@@ -174,9 +174,7 @@ class SideModel:
         new[new >= self._model.info.vocab_size] = 0
         positions, metadata = self._pack(readings, np.array(starts))
         if self._backend.wants_device_metadata:
-            metadata.query_start_device = torch.from_numpy(metadata.query_start).to(device)
-            metadata.seq_lens_device = torch.from_numpy(metadata.seq_lens).to(device)
-            metadata.block_tables_device = torch.from_numpy(metadata.block_tables).to(device)
+            metadata.to_device(device)
         metadata.plan = self._backend.plan(metadata)
         last = torch.from_numpy(metadata.query_start[1:].astype(np.int64) - 1).to(device)
         self.num_computed_tokens += metadata.num_tokens

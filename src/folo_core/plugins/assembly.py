@@ -17,8 +17,9 @@ from folo_core.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from folo_core.attention.interface import AttentionBackend
     from folo_core.config import EngineConfig
-    from folo_core.execution.interface import ModelInfo
+    from folo_core.execution.interface import LoadedModel, ModelInfo
     from folo_core.execution.loading import Tokenizer
     from folo_core.execution.side_model import SideModel
     from folo_core.plugins.registry import Part, Registry
@@ -45,7 +46,8 @@ def build_components(config: EngineConfig, registry: Registry) -> Components:
     loader = _choose_loader(config, registry).build(config)
     tokenizer = loader.load_tokenizer()
     model = loader.load_model(tokenizer)
-    config, num_blocks = _size_cache(config, model.info, model.device)
+    attention = _choose_backend(config, model.info, registry)
+    config, num_blocks = _size_cache(config, model, lambda: attention.build(config))
     block_bytes = config.cache.block_size * model.info.kv_bytes_per_token
     context = sampler_context(
         registry, vocab_size=model.info.vocab_size, device=model.device, config=config, tokenizer=tokenizer
@@ -53,7 +55,7 @@ def build_components(config: EngineConfig, registry: Registry) -> Components:
     parts = ExecutorParts(
         config=config,
         model=model,
-        backend=_choose_backend(config, model.info, registry).build(config),
+        backend=attention.build(config),
         samplers=_build_each(registry.all("samplers"), config, context),
         processors=tuple(
             _build_each(registry.all("logits_processors"), config, model.info.vocab_size, model.device).values()
@@ -265,15 +267,17 @@ def _sampler_table(registry: Registry, built: Mapping[str, NamedPart]) -> Sample
     return SamplerTable(claims=claims, plain=frozenset(plain))
 
 
-def _size_cache(config: EngineConfig, info: ModelInfo, device: Any) -> tuple[EngineConfig, int]:  # noqa: ANN401 (torch.device)
+def _size_cache(
+    config: EngineConfig, model: LoadedModel, backend: Callable[[], AttentionBackend]
+) -> tuple[EngineConfig, int]:
     """Fit the longest sequence to the memory and return the resolved config and the number of blocks."""
     from folo_core.execution.memory import kv_cache_budget
 
+    info, block_size = model.info, config.cache.block_size
     wanted = config.max_model_len or info.max_model_len
-    block_size = config.cache.block_size
     usable = config.cache.num_blocks
     if usable is None:
-        usable = kv_cache_budget(config, info, device, wanted) // (block_size * info.kv_bytes_per_token)
+        usable = kv_cache_budget(config, model, backend, wanted) // (block_size * info.kv_bytes_per_token)
     fitting = usable * block_size
     if fitting < wanted:
         if config.max_model_len is not None or fitting < 1:
