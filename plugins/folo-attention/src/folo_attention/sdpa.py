@@ -1,9 +1,8 @@
 """Paged attention with PyTorch's own operators, on any device.
 
-Keys and values lie token-major (``[slots, kv_heads, head_size]``): a step's new tokens are written by one indexed copy,
-and one sequence's consecutive blocks are read in place, as a strided view. Where blocks are scattered, or several
-sequences are attended to in one call, their slots are gathered; entries past a sequence's end then point to a slot of
-zeros that no sequence owns, so that what a stale slot holds, even NaN, never takes part.
+One sequence's consecutive blocks are read in place, as a strided view. Where blocks are scattered, or several
+sequences are attended to in one call, their slots are gathered, and entries past a sequence's end are the slot of zeros
+(``folo_attention.storage``).
 
 Query heads that share a key head form a dimension of their own, over which keys are broadcast with stride 0 or which
 joins the queries': grouped queries repeat nothing in memory.
@@ -14,15 +13,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from folo_attention.planning import StepPlan
+from folo_attention.storage import PagedStorage
 
 if TYPE_CHECKING:
     from folo_attention.planning import Tile
-    from folo_core.attention.interface import AttentionMetadata, KVCacheSpec
+    from folo_core.attention.interface import AttentionMetadata
 
 
 class Scoring(NamedTuple):
@@ -32,29 +31,10 @@ class Scoring(NamedTuple):
     softcap: float | None
 
 
-class SdpaBackend:
+class SdpaBackend(PagedStorage):
     """``AttentionBackend`` over ``torch.nn.functional.scaled_dot_product_attention``."""
 
     wants_device_metadata = False
-
-    def __init__(self) -> None:
-        self._keys: list[torch.Tensor] = []
-        self._values: list[torch.Tensor] = []
-        self._num_slots = 0
-        self._block_size = 0
-        self._device = torch.device("cpu")
-        self._scratch: dict[str, torch.Tensor] = {}
-
-    def allocate(self, specs: list[KVCacheSpec], num_blocks: int, block_size: int, device: torch.device) -> None:
-        """Allocate zeroed ``[slots + 1, kv_heads, head_size]`` keys and values for each layer; the last stays zero."""
-        self._num_slots = num_blocks * block_size
-        self._block_size = block_size
-        self._device = device
-        for spec in specs:
-            value_size = spec.head_size if spec.v_head_size is None else spec.v_head_size
-            shape = (self._num_slots + 1, spec.num_kv_heads)
-            self._keys.append(_zeros((*shape, spec.head_size), spec.dtype, device))
-            self._values.append(_zeros((*shape, value_size), spec.dtype, device))
 
     def plan(self, metadata: AttentionMetadata) -> StepPlan:
         """Decide which rows are attended to together; index tensors are made when a layer first needs them."""
@@ -74,9 +54,7 @@ class SdpaBackend:
         softcap: float | None = None,
     ) -> torch.Tensor:
         """Write the new keys and values into their slots, then attend causally (see ``AttentionBackend``)."""
-        keys, values = self._keys[layer], self._values[layer]
-        keys.index_copy_(0, metadata.slot_mapping, key)
-        values.index_copy_(0, metadata.slot_mapping, value)
+        keys, values = self._write(layer, metadata.slot_mapping, key, value)
         plan = metadata.plan
         if not isinstance(plan, StepPlan):
             raise TypeError(f"metadata.plan: {type(plan).__name__}: give what plan() returned for this step")
@@ -93,54 +71,11 @@ class SdpaBackend:
             output.index_copy_(0, plan.decode_rows, torch.cat(pieces))
         return output
 
-    def copy_blocks(self, sources: list[int], destinations: list[int]) -> None:
-        """Copy whole blocks in every layer."""
-        source, destination = self._slots_of(sources), self._slots_of(destinations)
-        for cache in (*self._keys, *self._values):
-            cache.index_copy_(0, destination, cache.index_select(0, source))
-
-    def zero_blocks(self, blocks: list[int]) -> None:
-        """Overwrite blocks with zeros in every layer."""
-        slots = self._slots_of(blocks)
-        for cache in (*self._keys, *self._values):
-            cache.index_fill_(0, slots, 0)
-
     def _read(self, keys: torch.Tensor, values: torch.Tensor, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
         """A tile's keys and values, ``[slots, kv_heads, head_size]``: in place, or gathered."""
         if isinstance(tile.slots, slice):
             return keys[tile.slots], values[tile.slots]
         return self._gather("keys", keys, tile.slots), self._gather("values", values, tile.slots)
-
-    def _gather(self, name: str, cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """Copies of slots; on a CPU in memory that the next tile reuses.
-
-        The C allocator hands megabytes back to the system as soon as they are freed, and touching new ones page by
-        page took three times as long as the attention itself. CUDA's caching allocator knows no such cost.
-        """
-        if cache.device.type != "cpu":
-            return cache.index_select(0, slots)
-        size = slots.numel() * cache[0].numel()
-        scratch = self._scratch.get(name)
-        if scratch is None or scratch.numel() < size or scratch.dtype != cache.dtype:
-            scratch = self._scratch[name] = torch.empty(size, dtype=cache.dtype)
-        return torch.index_select(cache, 0, slots, out=scratch[:size].view(slots.numel(), *cache.shape[1:]))
-
-    def _slots_of(self, blocks: list[int]) -> torch.Tensor:
-        first = np.asarray(blocks, dtype=np.int64)[:, None] * self._block_size
-        return torch.from_numpy((first + np.arange(self._block_size)).ravel()).to(self._device)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros; on a CPU in memory that the system hands out as it is first written to.
-
-    ``torch.zeros`` writes every byte, which takes seconds for a large pool and holds memory that may never be used.
-    """
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    size, alignment = math.prod(shape) * dtype.itemsize, 64
-    memory = np.zeros(size + alignment, dtype=np.uint8)
-    start = -memory.ctypes.data % alignment
-    return torch.from_numpy(memory[start : start + size]).view(dtype).view(shape)
 
 
 def _attend_rows(
