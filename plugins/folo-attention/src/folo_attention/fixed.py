@@ -11,25 +11,28 @@ call has, which sequences they belong to, how a prompt was cut, where blocks lie
   row sees nothing adds an exact zero.
 
 Measured with torch 2.13 (MKL, AVX2), in float32 on one to four threads: rows of ``torch.bmm`` are the same bits for any
-number of rows that is a multiple of four, any number of columns and any batch, and differ below twelve otherwise;
-``exp``, ``tanh``, ``amax`` and ``sum`` over the last dimension do not depend on the number of rows at all. Where the
-size of a value's head is odd, the weighted values kept their bits on one and two threads only.
+number of rows that is a multiple of four, any number of columns and any batch, and below twelve for no other number;
+``exp``, ``tanh``, ``amax`` and ``sum`` over the last dimension do not depend on the number of rows at all. With fewer
+than twelve columns that are no multiple of four, a row's bits depend on its place among the others, and with 17 on the
+number of threads from three on: values of such sizes are padded with columns of zeros. In float64 scores depend on the
+number of columns even on one thread, so it is left out.
 """
 
 from __future__ import annotations
 
-from itertools import groupby
+from itertools import groupby, product
 from typing import TYPE_CHECKING
 
 import attrs
 import numpy as np
 import torch
+from torch.nn import functional
 
 from folo_attention.storage import PagedStorage
 from folo_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -40,6 +43,9 @@ KEY_TILE = 128
 
 MULTIPLES = (4, 8, 16, 32)
 """Multiples that the number of a product's rows is padded to: the first is taken with which rows keep their bits."""
+
+COLUMNS = 16
+"""The size of a value's head is padded to a multiple of this."""
 
 TRIED_ROWS = 192
 """Rows of the product that others are compared with."""
@@ -147,6 +153,16 @@ def _tiles(
     return seen // KEY_TILE, -(-ends // KEY_TILE)
 
 
+def _padded(size: int) -> int:
+    return -(-size // COLUMNS) * COLUMNS
+
+
+def _widened(value: torch.Tensor) -> torch.Tensor:
+    """``value [..., size]`` with columns of zeros up to a padded size; itself where it has that size."""
+    size = value.shape[-1]
+    return value if size % COLUMNS == 0 else functional.pad(value, (0, _padded(size) - size))
+
+
 class FixedOrderBackend(PagedStorage):
     """``AttentionBackend`` whose rows are the same bits in any batch and any chunk, on a CPU."""
 
@@ -163,7 +179,8 @@ class FixedOrderBackend(PagedStorage):
             ConfigError: rows of products keep their bits with none of ``MULTIPLES``.
         """
         super().allocate(specs, num_blocks, block_size, device)
-        shapes = {(spec.head_size, spec.v_head_size or spec.head_size, spec.dtype) for spec in specs}
+        sizes = {(spec.head_size, spec.v_head_size or spec.head_size, spec.dtype) for spec in specs}
+        shapes = {(size, _padded(value_size), dtype) for size, value_size, dtype in sizes}
         self._rows = max((stable_rows(*shape) for shape in shapes), default=MULTIPLES[0])
 
     def plan(self, metadata: AttentionMetadata) -> FixedPlan:
@@ -210,7 +227,7 @@ class FixedOrderBackend(PagedStorage):
         softcap: float | None,
     ) -> torch.Tensor:
         """``query [rows, heads, size]`` over ``key, value [sequences * kv_heads, keys, size]``."""
-        batch, count = call.num_sequences, call.num_rows
+        batch, count, size = call.num_sequences, call.num_rows, value.shape[2]
         kv_heads = key.shape[0] // batch
         groups = query.shape[1] // kv_heads
         # The heads that share keys are rows of one product, beside the rows of other positions.
@@ -224,7 +241,7 @@ class FixedOrderBackend(PagedStorage):
             scores.div_(softcap).tanh_().mul_(softcap)
         seen = scores.unflatten(0, (batch, kv_heads))[:, :, :used, call.masked].unflatten(2, (count, groups))
         seen.masked_fill_(call.hidden, -torch.inf)
-        out = _weigh(scores, value)
+        out = _weigh(scores, _widened(value))[..., :size]
         out = out.unflatten(0, (batch, kv_heads))[:, :, :used].unflatten(2, (count, groups))
         return out.transpose(1, 2).reshape(batch * count, kv_heads * groups, -1)
 
@@ -249,16 +266,14 @@ def stable_rows(key_size: int, value_size: int, dtype: torch.dtype) -> int:
     Raises:
         ConfigError: there is none.
     """
-    threads = torch.get_num_threads()
-    generator = torch.Generator().manual_seed(0)
-    key, value = (torch.randn(3, 2 * KEY_TILE, size, generator=generator, dtype=dtype) for size in (key_size, value_size))
-    query = torch.randn(3, TRIED_ROWS, key_size, generator=generator, dtype=dtype)
+    threads, generator = torch.get_num_threads(), torch.Generator().manual_seed(0)
+    shapes = ((TRIED_ROWS, key_size), (2 * KEY_TILE, key_size), (2 * KEY_TILE, value_size))
+    operands = [torch.randn(3, *shape, generator=generator).to(dtype) for shape in shapes]
     try:
         torch.set_num_threads(1)
-        scores = torch.bmm(query, key.transpose(1, 2))
-        out = torch.bmm(scores[..., :KEY_TILE], value[:, :KEY_TILE])
+        wanted = _products(*operands)
         for multiple in MULTIPLES:
-            if all(_is_stable(query, key, value, scores, out, multiple, number) for number in {1, threads}):
+            if all(_keeps_bits(operands, wanted, multiple, number) for number in {1, threads}):
                 return multiple
     finally:
         torch.set_num_threads(threads)
@@ -268,18 +283,20 @@ def stable_rows(key_size: int, value_size: int, dtype: torch.dtype) -> int:
     )
 
 
-def _is_stable(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: torch.Tensor, out: torch.Tensor,
-    multiple: int, threads: int,
-) -> bool:
+def _keeps_bits(operands: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], multiple: int, threads: int) -> bool:
     torch.set_num_threads(threads)
-    for count in {multiple, 3 * multiple, TRIED_ROWS // 2}:
-        for batch in (1, 2, 3):
-            for first in (0, TRIED_ROWS - count):
-                rows = slice(first, first + count)
-                got = torch.bmm(query[:batch, rows].contiguous(), key[:batch, :KEY_TILE].transpose(1, 2))
-                if not torch.equal(got, scores[:batch, rows, :KEY_TILE]):
-                    return False
-                if not torch.equal(torch.bmm(got, value[:batch, :KEY_TILE]), out[:batch, rows]):
-                    return False
+    query, key, value = operands
+    counts = (multiple, 3 * multiple, TRIED_ROWS // 2)
+    for count, batch, keys in product(counts, (1, 2, 3), (KEY_TILE, 2 * KEY_TILE)):
+        # A row must not depend on its place among the others either: places of every remainder by four.
+        for rows in (slice(first, first + count) for first in (0, 1, 7, TRIED_ROWS - count - 2)):
+            got = _products(query[:batch, rows].contiguous(), key[:batch, :keys], value[:batch, :keys])
+            if not all(torch.equal(one, all_rows[:batch, rows]) for one, all_rows in zip(got, wanted, strict=True)):
+                return False
     return True
+
+
+def _products(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores of the first key tile, and its values weighed with them."""
+    scores = torch.bmm(query, key.transpose(1, 2))[..., :KEY_TILE]
+    return scores, torch.bmm(scores, value[:, :KEY_TILE])

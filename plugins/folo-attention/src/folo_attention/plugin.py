@@ -38,8 +38,8 @@ def _build_fixed(config: EngineConfig) -> FixedOrderBackend:  # noqa: ARG001 (th
 def _fixed_supports(device: str, dtype: str) -> str | None:
     if device != "cpu":
         return f"fixed-order is measured on cpu, not on {device}"
-    if dtype not in {"float32", "float64"}:
-        return f"fixed-order needs keys and values in float32 or float64, not {dtype}"
+    if dtype != "float32":
+        return f"fixed-order needs keys and values in float32, not {dtype}"
     return None
 
 
