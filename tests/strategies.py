@@ -111,6 +111,7 @@ def engine_configs(draw: st.DrawFn, *, null: bool = True) -> EngineConfig:
         max_logprobs=draw(st.integers(-1, 100)),
         max_sequences_per_request=draw(positive),
         step_timeout_s=draw(optional(st.floats(0, 1e9, exclude_min=True))),
+        deterministic=draw(st.booleans()),
         strict_plugins=draw(st.booleans()),
         blocked_plugins=draw(st.lists(text, max_size=3)),
     )

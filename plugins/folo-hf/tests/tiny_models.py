@@ -94,17 +94,18 @@ def save_tokenizer(folder, size=VOCAB, **special):
     return folder
 
 
-def make_loader(folder, hardware=None, **fields):
+def make_loader(folder, hardware=None, *, deterministic=False, **fields):
     fields = {"device": "cpu", **fields}
-    return HfLoader(EngineConfig(model=ModelConfig(model=str(folder), **fields)), hardware)
+    model = ModelConfig(model=str(folder), **fields)
+    return HfLoader(EngineConfig(model=model, deterministic=deterministic), hardware)
 
 
 class PagedDecoder:
     """Greedy decoding of several sequences through scattered blocks, the smallest engine there can be."""
 
-    def __init__(self, model, block_size=4, num_blocks=96):
+    def __init__(self, model, block_size=4, num_blocks=96, backend=None):
         self.model, self.size = model, block_size
-        self.backend = SdpaBackend()
+        self.backend = SdpaBackend() if backend is None else backend
         self.backend.allocate(model.kv_cache_specs, num_blocks, block_size, model.device)
         model.bind(self.backend)
         self.free = list(np.random.default_rng(1).permutation(np.arange(1, num_blocks)))

@@ -157,6 +157,9 @@ class EngineConfig(Checked):
         metadata=rule(_is_timeout, "must be a number of seconds > 0", optional=True),
     )
     """Seconds after which a step counts as hung; None for never."""
+    deterministic: bool = attrs.field(default=False, metadata=boolean())
+    """Give a request the same token ids and log probabilities, bit for bit, whatever shares its steps and however its
+    prompt is cut. Takes a model and an attention backend that promise it: the ``hf`` loader on a CPU in float32."""
     strict_plugins: bool = attrs.field(default=False, metadata=boolean())
     """Refuse to start when any installed plugin is broken or clashes."""
     blocked_plugins: tuple[str, ...] = attrs.field(

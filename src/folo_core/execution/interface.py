@@ -36,6 +36,9 @@ class ModelInfo:
     eos_token_ids: tuple[int, ...] = ()
     """Tokens that end a generation unless ``ignore_eos``; from the generation config, else the config."""
     num_parameters: int = 0
+    batch_invariant: bool = False
+    """The bits of a token's logits depend on its own sequence alone, given attention of which that is true; never on
+    the number, the order or the sequences of the step's other tokens. ``deterministic`` needs it."""
 
 
 @runtime_checkable

@@ -33,6 +33,10 @@ DEMO_MISSING = (
 )
 
 
+BATCH_INVARIANT = "batch-invariant"
+"""Capability of an attention backend of which each row is the same bits in any step; ``deterministic`` needs it."""
+
+
 def build_components(config: EngineConfig, registry: Registry) -> Components:
     """Load the model and build every part that the configuration names.
 
@@ -46,6 +50,7 @@ def build_components(config: EngineConfig, registry: Registry) -> Components:
     loader = _choose_loader(config, registry).build(config)
     tokenizer = loader.load_tokenizer()
     model = loader.load_model(tokenizer)
+    _check_invariant(config, model.info)
     attention = _choose_backend(config, model.info, registry)
     config, num_blocks = _size_cache(config, model, lambda: attention.build(config))
     block_bytes = config.cache.block_size * model.info.kv_bytes_per_token
@@ -134,6 +139,7 @@ def open_side_model(name: str, registry: Registry, context: SamplerContext) -> S
     tokenizer = loader.load_tokenizer()
     model = loader.load_model(tokenizer)
     _check_side_model(name, model.info, tokenizer, context)
+    _check_invariant(config, model.info)
     usable = config.cache.num_blocks or side_model_budget(config, model.info, model.device)
     empty = BlockTable(BlockPool(usable + 1), config.cache.block_size)
     backend = _choose_backend(config, model.info, registry).build(config)
@@ -194,6 +200,17 @@ def _choose_loader(config: EngineConfig, registry: Registry) -> Part:
     return _best(able, "model_loaders", f"load {name!r}", "loader")
 
 
+def _check_invariant(config: EngineConfig, info: ModelInfo) -> None:
+    """Refuse a model whose results depend on a request's neighbours where that must not be."""
+    if config.deterministic and not info.batch_invariant:
+        message = (
+            f"deterministic: True: model {config.model.model!r} ({info.architecture}, {info.dtype} on {info.device}) "
+            "does not promise that a token's bits are the same in any batch: load it with a loader that does, such as "
+            'hf with device="cpu" and dtype="float32", or leave deterministic off'
+        )
+        raise ConfigError(message)
+
+
 def _choose_backend(config: EngineConfig, info: ModelInfo, registry: Registry) -> Part:
     if config.model.attention != "auto":
         part = registry.get("attention_backends", config.model.attention)
@@ -201,9 +218,23 @@ def _choose_backend(config: EngineConfig, info: ModelInfo, registry: Registry) -
         if reason is not None:
             message = f"attention: {config.model.attention!r}: cannot serve {info.dtype} on {info.device}: {reason}"
             raise ConfigError(message)
+        if config.deterministic and not _is_invariant(part):
+            able = [repr(p.name) for p in registry.all("attention_backends") if _is_invariant(p)]
+            message = (
+                f"attention: {config.model.attention!r}: lacks the capability {BATCH_INVARIANT!r}, which deterministic "
+                f"needs: leave it 'auto' or give {' or '.join(able) or 'a backend that has it'}"
+            )
+            raise ConfigError(message)
         return part
     able = [p for p in registry.all("attention_backends") if p.spec.supports(info.device, info.dtype) is None]
-    return _best(able, "attention_backends", f"serve {info.dtype} on {info.device}", "attention")
+    task = f"serve {info.dtype} on {info.device}"
+    if config.deterministic:
+        able, task = list(filter(_is_invariant, able)), f"{task} deterministically"
+    return _best(able, "attention_backends", task, "attention")
+
+
+def _is_invariant(part: Part) -> bool:
+    return BATCH_INVARIANT in part.spec.capabilities
 
 
 def _choose_executor(config: EngineConfig, registry: Registry) -> Part:

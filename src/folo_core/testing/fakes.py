@@ -111,6 +111,7 @@ class FakeModel:
             dtype="float32",
             device="cpu",
             eos_token_ids=(vocab_size - 1,),
+            batch_invariant=True,
         )
         self.table = torch.randn((_STATES, vocab_size), generator=torch.Generator().manual_seed(seed))
         self.before_forward: Callable[[torch.Tensor], None] | None = None
@@ -199,7 +200,11 @@ class FakePlugin:
         """Offer ``fake``, only when asked for by name."""
         return [
             AttentionBackendSpec(
-                name="fake", help="keeps token ids", factory=lambda _: FakeBackend(), supports=_only_by_name
+                name="fake",
+                help="keeps token ids",
+                factory=lambda _: FakeBackend(),
+                supports=_only_by_name,
+                capabilities=frozenset({"batch-invariant"}),
             )
         ]
 

@@ -10,6 +10,7 @@ from folo_core.plugins.specs import AttentionBackendSpec
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from folo_attention.fixed import FixedOrderBackend
     from folo_attention.sdpa import SdpaBackend
     from folo_core.config import EngineConfig
 
@@ -28,9 +29,23 @@ def _sdpa_supports(device: str, dtype: str) -> str | None:
     return None
 
 
+def _build_fixed(config: EngineConfig) -> FixedOrderBackend:  # noqa: ARG001 (the backend has no options)
+    from folo_attention.fixed import FixedOrderBackend
+
+    return FixedOrderBackend()
+
+
+def _fixed_supports(device: str, dtype: str) -> str | None:
+    if device != "cpu":
+        return f"fixed-order is measured on cpu, not on {device}"
+    if dtype != "float32":
+        return f"fixed-order needs keys and values in float32, not {dtype}"
+    return None
+
+
 @hookimpl
 def folo_attention_backends() -> Sequence[AttentionBackendSpec]:
-    """Offer ``sdpa``, paged attention with PyTorch's own operators."""
+    """Offer ``sdpa``, paged attention with PyTorch's own operators, and ``fixed-order``, the same bits in any batch."""
     return [
         AttentionBackendSpec(
             name="sdpa",
@@ -39,5 +54,13 @@ def folo_attention_backends() -> Sequence[AttentionBackendSpec]:
             supports=_sdpa_supports,
             priority=0,
             capabilities=frozenset({"gqa", "sliding_window", "softcap"}),
-        )
+        ),
+        AttentionBackendSpec(
+            name="fixed-order",
+            help="paged attention whose rows are the same bits in any batch and any chunk, on CPU",
+            factory=_build_fixed,
+            supports=_fixed_supports,
+            priority=-10,
+            capabilities=frozenset({"batch-invariant", "gqa", "sliding_window", "softcap"}),
+        ),
     ]

@@ -80,13 +80,18 @@ class PagedStorage:
         The C allocator hands megabytes back to the system as soon as they are freed, and touching new ones page by
         page took three times as long as the attention itself. CUDA's caching allocator knows no such cost.
         """
-        if cache.device.type != "cpu":
-            return cache.index_select(0, slots)
-        size = slots.numel() * cache[0].numel()
+        shape = (slots.numel(), *cache.shape[1:])
+        return torch.index_select(cache, 0, slots, out=self._scratch_of(name, shape, cache.dtype))
+
+    def _scratch_of(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Uninitialised memory for a result that is used up before the next one of its name."""
+        if self._device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=self._device)
+        size = math.prod(shape)
         scratch = self._scratch.get(name)
-        if scratch is None or scratch.numel() < size or scratch.dtype != cache.dtype:
-            scratch = self._scratch[name] = torch.empty(size, dtype=cache.dtype)
-        return torch.index_select(cache, 0, slots, out=scratch[:size].view(slots.numel(), *cache.shape[1:]))
+        if scratch is None or scratch.numel() < size or scratch.dtype != dtype:
+            scratch = self._scratch[name] = torch.empty(size, dtype=dtype)
+        return scratch[:size].view(shape)
 
     def _slots_of(self, blocks: list[int]) -> torch.Tensor:
         first = np.asarray(blocks, dtype=np.int64)[:, None] * self._block_size

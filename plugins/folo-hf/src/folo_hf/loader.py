@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 from functools import cached_property
@@ -10,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from folo_core.errors import ModelLoadError
+from folo_core.errors import ConfigError, ModelLoadError
 from folo_core.execution.interface import ModelInfo
 from folo_hf.attention import AttentionBridge
 from folo_hf.device import TorchProbe, resolve_device, resolve_dtype
 from folo_hf.gguf import converted
+from folo_hf.invariance import SteadyActivations, settle
 from folo_hf.model import HfLoadedModel
-from folo_hf.passes import run_passes
+from folo_hf.passes import PASSES, run_passes
 from folo_hf.peer import TransformersPeer
 from folo_hf.positions import position_limit, settle_rope
 from folo_hf.probe import probe
@@ -45,6 +47,7 @@ class HfLoader:
 
     def __init__(self, config: EngineConfig, hardware: HardwareProbe | None = None) -> None:
         self._config = config.model
+        self._deterministic = config.deterministic
         self._hardware = hardware or TorchProbe()
 
     @cached_property
@@ -81,8 +84,16 @@ class HfLoader:
         return load_tokenizer(self._folder if name is None else self._as_folder(locate(name, self._config.revision)))
 
     def load_model(self, tokenizer: Tokenizer | None) -> HfLoadedModel:
-        """The model on its device in its resolved dtype (see ``ModelLoader``)."""
+        """The model on its device in its resolved dtype (see ``ModelLoader``).
+
+        Raises:
+            ConfigError: ``deterministic`` is on, and the device or the dtype does not allow it.
+            ModelLoadError: the model cannot be loaded.
+            UnsupportedModelError: it cannot run through paged attention, or not deterministically.
+        """
         device, dtype = self._placement
+        if self._deterministic:
+            _check_placement(device, dtype)
         config = self._screened
         bridge = AttentionBridge()
         try:
@@ -91,8 +102,9 @@ class HfLoader:
                 fit_vocabulary(module, len(tokenizer))
             settle_rope(module, self._config.max_model_len)
             num_parameters = module.num_parameters()
-            run_passes(module, device, getattr(torch, dtype))
+            run_passes(module, device, getattr(torch, dtype), (*PASSES, *([SteadyActivations()] * self._deterministic)))
             shape = probe(module, bridge)
+            guard = settle(module, bridge) if self._deterministic else contextlib.nullcontext
         except BaseException:
             bridge.release()
             raise
@@ -106,8 +118,9 @@ class HfLoader:
             device=device,
             eos_token_ids=_eos_token_ids(module),
             num_parameters=num_parameters,
+            batch_invariant=self._deterministic,
         )
-        return HfLoadedModel(module, bridge, shape, info)
+        return HfLoadedModel(module, bridge, shape, info, guard)
 
     def open_peer(self, name: str) -> TransformersPeer:
         """The same weights under transformers' own ``generate`` (see ``PeerOpener``)."""
@@ -117,6 +130,15 @@ class HfLoader:
         config = load_config(self._folder)
         screen(config)
         return TransformersPeer(_load_module(self._folder, config, "sdpa", getattr(torch, dtype), device))
+
+
+def _check_placement(device: str, dtype: str) -> None:
+    """Refuse what ``deterministic`` is not measured on, before the weights are read."""
+    if device != "cpu" or dtype != "float32":
+        raise ConfigError(
+            f"deterministic: True: {dtype} on {device}: only float32 on a CPU gives a token the same bits in any batch: "
+            'give device="cpu" and dtype="float32", or leave deterministic off'
+        )
 
 
 def _load_module(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import TYPE_CHECKING
 
@@ -15,19 +16,28 @@ if TYPE_CHECKING:
     from folo_core.attention.interface import AttentionBackend, AttentionMetadata
     from folo_core.execution.interface import ModelInfo
     from folo_hf.attention import AttentionBridge
+    from folo_hf.invariance import Guard
     from folo_hf.probe import ModelShape
 
 
 class HfLoadedModel:
     """``LoadedModel`` over a transformers module."""
 
-    def __init__(self, module: PreTrainedModel, bridge: AttentionBridge, shape: ModelShape, info: ModelInfo) -> None:
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        bridge: AttentionBridge,
+        shape: ModelShape,
+        info: ModelInfo,
+        guard: Guard = contextlib.nullcontext,
+    ) -> None:
         self.module = module
         self.info = info
         self.kv_cache_specs = shape.specs
         self.device = module.device
         self._bridge = bridge
         self._layers = shape.layers
+        self._guard = guard
         self._target: PagedTarget | None = None
         self._chooses_rows = "logits_to_keep" in inspect.signature(module.forward).parameters
         bridge.release_with(self)
@@ -50,13 +60,14 @@ class HfLoadedModel:
         rows = {"logits_to_keep": logits_indices} if self._chooses_rows else {}
         self._target.metadata = metadata
         try:
-            output = self.module(
-                input_ids=input_ids[None],
-                position_ids=positions[None],
-                use_cache=False,
-                return_dict=True,
-                **rows,
-            )
+            with self._guard():
+                output = self.module(
+                    input_ids=input_ids[None],
+                    position_ids=positions[None],
+                    use_cache=False,
+                    return_dict=True,
+                    **rows,
+                )
         finally:
             self._target.metadata = None
         logits: torch.Tensor = output.logits[0]
