@@ -51,7 +51,7 @@ def test_the_trial_is_the_largest_step_that_the_scheduler_may_ask_for(
     model, seen = FakeModel(), []
     meter = CountingMeter(model)
     backend = FakeBackend()
-    backend.plan = lambda metadata: seen.append(metadata)
+    backend.plan = seen.append
     config = config_of(max_num_batched_tokens=tokens, max_num_seqs=4)
     assert trial_step_bytes(config, model, backend, longest, meter) == 1000 * tokens
     assert meter.steps == [tokens]
@@ -69,7 +69,7 @@ def test_a_step_that_never_fits_is_refused_by_name() -> None:
 
     meter = CountingMeter(model)
     model.before_forward = fail
-    with pytest.raises(ConfigError, match="max_num_batched_tokens: 64: .* lower it, or max_num_seqs"):
+    with pytest.raises(ConfigError, match=r"max_num_batched_tokens: 64: .* lower it, or max_num_seqs"):
         trial_step_bytes(config_of(max_num_batched_tokens=64, max_num_seqs=4), model, FakeBackend(), 32, meter)
 
 
