@@ -68,7 +68,7 @@ def padded_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     """``x @ weight.T + bias``, of a number of rows that is a multiple of ``ROWS``."""
     rows = x.reshape(-1, x.shape[-1])
     padded = functional.pad(rows, (0, 0, 0, -len(rows) % ROWS))
-    return functional.linear(padded, weight, bias)[: len(rows)].view(*x.shape[:-1], -1)
+    return functional.linear(padded, weight, bias)[: len(rows)].view(*x.shape[:-1], weight.shape[0])
 
 
 class SteadyActivation(nn.Module):
