@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import pytest
 
 from engines import ProcessorPlugin, SamplerPlugin, TreeParams, TreeSampler, assert_clean, greedy, make_engine, run
@@ -122,6 +123,56 @@ def test_a_backend_that_cannot_serve_says_why() -> None:
     object.__setattr__(loader.model.info, "dtype", "bfloat16")
     with pytest.raises(ConfigError, match="float32 only"):
         build(loader, model="x", attention="greedy-loader-attention")
+
+
+class InvariantBackend:
+    """A backend that promises the same bits in any batch; ``auto`` would not take it otherwise."""
+
+    __name__ = "invariant"
+
+    @hookimpl
+    def folo_attention_backends(self) -> list[AttentionBackendSpec]:
+        return [
+            AttentionBackendSpec(
+                name="steady",
+                help="keeps token ids",
+                factory=lambda _: FakeBackend(),
+                supports=lambda _device, _dtype: None,
+                priority=-5,
+                capabilities={"batch-invariant"},
+            )
+        ]
+
+
+def test_deterministic_takes_a_backend_that_promises_it_whatever_the_priorities() -> None:
+    class Marked(FakeBackend):
+        pass
+
+    plugin = InvariantBackend()
+    spec = attrs.evolve(plugin.folo_attention_backends()[0], factory=lambda _: Marked())
+    plugin.folo_attention_backends = hookimpl(lambda: [spec])
+    for deterministic in (False, True):
+        loader = LoaderPlugin()
+        build(loader, plugin, model="x", deterministic=deterministic)
+        assert isinstance(loader.model.backend, Marked) is deterministic
+    build(LoaderPlugin(), plugin, model="x", attention="steady", deterministic=True)
+
+
+def test_deterministic_refuses_a_named_backend_that_does_not_promise_it() -> None:
+    with pytest.raises(ConfigError, match=r"'greedy-loader-attention'.*'batch-invariant'.*'steady'"):
+        build(LoaderPlugin(), InvariantBackend(), model="x", attention="greedy-loader-attention", deterministic=True)
+
+
+def test_deterministic_needs_some_backend_that_promises_it() -> None:
+    with pytest.raises(PluginError, match="no installed plugin can serve float32 on cpu deterministically"):
+        build(LoaderPlugin(), model="x", deterministic=True, block=("folo-attention",))
+
+
+def test_deterministic_refuses_a_model_that_does_not_promise_it() -> None:
+    loader = LoaderPlugin()
+    loader.model.info = attrs.evolve(loader.model.info, batch_invariant=False, dtype="bfloat16", device="cuda:0")
+    with pytest.raises(ConfigError, match=r"deterministic: True: .*FakeForCausalLM, bfloat16 on cuda:0.*float32"):
+        build(loader, InvariantBackend(), model="x", deterministic=True)
 
 
 def test_an_unknown_part_is_named_with_what_there_is() -> None:

@@ -33,6 +33,7 @@ ENGINE_BAD = {
     "max_logprobs": [-2, True, "20", 1.5, None],
     "max_sequences_per_request": [0, True, "1", None],
     "step_timeout_s": [0, -1.0, float("nan"), float("inf"), "1", True],
+    "deterministic": [1, "yes", None],
     "strict_plugins": [1, "yes", None],
     "blocked_plugins": [[""], [5], 5, {"a": 1}, None],
     "config_version": [1, CURRENT_VERSION + 1, "2", True, None],

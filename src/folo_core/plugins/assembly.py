@@ -219,10 +219,10 @@ def _choose_backend(config: EngineConfig, info: ModelInfo, registry: Registry) -
             message = f"attention: {config.model.attention!r}: cannot serve {info.dtype} on {info.device}: {reason}"
             raise ConfigError(message)
         if config.deterministic and not _is_invariant(part):
-            able = [repr(p.name) for p in registry.all("attention_backends") if _is_invariant(p)]
+            names = [repr(p.name) for p in registry.all("attention_backends") if _is_invariant(p)]
             message = (
                 f"attention: {config.model.attention!r}: lacks the capability {BATCH_INVARIANT!r}, which deterministic "
-                f"needs: leave it 'auto' or give {' or '.join(able) or 'a backend that has it'}"
+                f"needs: leave it 'auto' or give {' or '.join(names) or 'a backend that has it'}"
             )
             raise ConfigError(message)
         return part

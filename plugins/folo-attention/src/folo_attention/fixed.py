@@ -57,7 +57,7 @@ MAX_BATCH = 8
 """Most sequences in one decode call: their keys and scores should stay in the processor's cache."""
 
 
-@attrs.frozen(slots=True, eq=False)
+@attrs.frozen(slots=True, eq=False, kw_only=True)
 class Call:
     """Rows attended to together: equally many of each of some sequences, over equally many key tiles."""
 
@@ -129,17 +129,26 @@ class FixedPlan:
         hidden = keys[:, None] > queries[:, :, None]
         if window is not None:
             hidden |= keys[:, None] <= queries[:, :, None] - window
-        size = metadata.block_size
-        # Reads of no row must stay inside the table.
-        held = np.where(hidden.all(1), 0, keys)
-        blocks = metadata.block_tables[sequences[:, None], held // size].astype(np.int64)
-        slots = np.where(hidden.all(1), self._zero_slot, blocks * size + held % size)
         starts = metadata.query_start[sequences + 1] - metadata.seq_lens[sequences] + begins
-        rows = (starts[:, None] + np.arange(count)).astype(np.int64)
         places = np.flatnonzero(hidden.any((0, 1)))
         masked = slice(int(places[0]), int(places[-1]) + 1) if len(places) else slice(0, 0)
-        tensors = map(self._to_device, (rows.ravel(), slots, hidden[:, None, :, None, masked]))
-        return Call(*tensors, masked, len(sequences), count)
+        return Call(
+            rows=self._to_device((starts[:, None] + np.arange(count)).ravel()),
+            slots=self._to_device(self._slots(sequences, keys, np.all(hidden, axis=1))),
+            hidden=self._to_device(hidden[:, None, :, None, masked]),
+            masked=masked,
+            num_sequences=len(sequences),
+            num_rows=count,
+        )
+
+    def _slots(
+        self, sequences: NDArray[np.int64], positions: NDArray[np.int64], unread: NDArray[np.bool_]
+    ) -> NDArray[np.int64]:
+        """Slots of each sequence's positions, ``[sequences, keys]``; that of zeros for those no row reads."""
+        size = self._metadata.block_size
+        held = np.where(unread, 0, positions)  # the others may lie outside the table
+        blocks = self._metadata.block_tables[sequences[:, None], held // size].astype(np.int64)
+        return np.where(unread, self._zero_slot, blocks * size + held % size)
 
     def _to_device(self, array: NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
@@ -214,7 +223,8 @@ class FixedOrderBackend(PagedStorage):
 
     def _gather_heads(self, name: str, cache: torch.Tensor, places: torch.Tensor, call: Call) -> torch.Tensor:
         """``[sequences * kv_heads, keys, size]`` from ``[slots, kv_heads, size]``."""
-        return self._gather(name, cache.flatten(0, 1), places).unflatten(0, (-1, call.slots.shape[1]))
+        gathered = self._gather(name, cache.flatten(0, 1), places)
+        return gathered.view(-1, call.slots.shape[1], cache.shape[2])
 
     def _attend(  # noqa: PLR0913 (what attention depends on)
         self,
@@ -243,7 +253,8 @@ class FixedOrderBackend(PagedStorage):
         seen.masked_fill_(call.hidden, -torch.inf)
         out = _weigh(scores, _widened(value))[..., :size]
         out = out.unflatten(0, (batch, kv_heads))[:, :, :used].unflatten(2, (count, groups))
-        return out.transpose(1, 2).reshape(batch * count, kv_heads * groups, -1)
+        by_row: torch.Tensor = out.transpose(1, 2).reshape(batch * count, kv_heads * groups, -1)
+        return by_row
 
 
 def _weigh(scores: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

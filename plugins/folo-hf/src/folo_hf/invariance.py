@@ -51,8 +51,8 @@ def sigmoid(x: torch.Tensor) -> torch.Tensor:
     return torch.neg(x).exp_().add_(1).reciprocal_()
 
 
-def silu(x: torch.Tensor, inplace: bool = False) -> torch.Tensor:  # noqa: FBT001, FBT002 (torch's signature)
-    """``x / (1 + exp(-x))``, elementwise; never in place."""
+def silu(x: torch.Tensor) -> torch.Tensor:
+    """``x / (1 + exp(-x))``, elementwise."""
     return x / torch.neg(x).exp_().add_(1)
 
 
@@ -68,7 +68,7 @@ def padded_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     """``x @ weight.T + bias``, of a number of rows that is a multiple of ``ROWS``."""
     rows = x.reshape(-1, x.shape[-1])
     padded = functional.pad(rows, (0, 0, 0, -len(rows) % ROWS))
-    return functional.linear(padded, weight, bias)[: len(rows)].view(*x.shape[:-1], -1)
+    return functional.linear(padded, weight, bias)[: len(rows)].view(*x.shape[:-1], weight.shape[0])
 
 
 class SteadyActivation(nn.Module):
@@ -112,7 +112,7 @@ class SteadyActivations:
         return device == "cpu" and dtype == torch.float32
 
     def run(self, model: nn.Module) -> int:
-        """Replace every activation module that is in ``STEADY``."""
+        """Replace every activation module that is in ``STEADY``; return how many."""
         replaced = 0
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
@@ -127,29 +127,55 @@ class SteadyActivations:
         return replaced
 
 
+class EagerExperts:
+    """A pass that has experts work one after another: the other ways multiply the rows of all of them in one call."""
+
+    name = "eager-experts"
+
+    def applies(self, device: str, dtype: torch.dtype) -> bool:
+        """Wherever rows shall keep their bits."""
+        return True
+
+    def run(self, model: nn.Module) -> int:
+        """Tell the model, which ignores it if it has no experts."""
+        chosen: Any = model  # a transformers module
+        chosen.set_experts_implementation("eager")
+        return 1
+
+
+STEADY_PASSES = (SteadyActivations(), EagerExperts())
+"""What runs after the other passes where a token's bits must be its own."""
+
+
+def _silu(x: torch.Tensor, inplace: bool = False) -> torch.Tensor:  # noqa: ARG001, FBT001, FBT002 (torch's signature)
+    return silu(x)
+
+
+STEADY_CALLS: dict[Any, Callable[..., torch.Tensor]] = {
+    functional.linear: padded_linear,
+    functional.silu: _silu,
+    functional.gelu: gelu,
+    torch.sigmoid: sigmoid,
+    torch.Tensor.sigmoid: sigmoid,
+}
+"""Functions of torch and what stands for them within ``SteadyRows``."""
+
+
 class SteadyRows(TorchFunctionMode):
     """Within it, functions that no pass reaches give a row the same bits for any number of rows.
 
     It costs a call of Python for every function of torch, which only models that need it should pay.
     """
 
-    STEADY = {
-        functional.linear: padded_linear,
-        functional.silu: silu,
-        functional.gelu: gelu,
-        torch.sigmoid: sigmoid,
-        torch.Tensor.sigmoid: sigmoid,
-    }
-
     def __torch_function__(
         self,
-        func: Any,
-        types: Any,
+        func: Any,  # noqa: ANN401 (torch's signature)
+        types: Any,  # noqa: ANN401 (likewise)
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401 (likewise)
         """Call what stands for the function, outside the mode."""
-        return self.STEADY.get(func, func)(*args, **(kwargs or {}))
+        return STEADY_CALLS.get(func, func)(*args, **(kwargs or {}))
 
 
 class _Echo:
@@ -174,9 +200,6 @@ def settle(model: PreTrainedModel, bridge: AttentionBridge) -> Guard:
     Raises:
         UnsupportedModelError: nothing makes them so; names the architecture.
     """
-    if hasattr(model, "set_experts_implementation"):
-        # The others multiply the rows of all experts in one call.
-        model.set_experts_implementation("eager")
     bridge.target, threads = _Echo(), torch.get_num_threads()
     try:
         found = "?"

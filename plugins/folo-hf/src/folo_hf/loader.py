@@ -16,7 +16,7 @@ from folo_core.execution.interface import ModelInfo
 from folo_hf.attention import AttentionBridge
 from folo_hf.device import TorchProbe, resolve_device, resolve_dtype
 from folo_hf.gguf import converted
-from folo_hf.invariance import SteadyActivations, settle
+from folo_hf.invariance import STEADY_PASSES, settle
 from folo_hf.model import HfLoadedModel
 from folo_hf.passes import PASSES, run_passes
 from folo_hf.peer import TransformersPeer
@@ -102,7 +102,7 @@ class HfLoader:
                 fit_vocabulary(module, len(tokenizer))
             settle_rope(module, self._config.max_model_len)
             num_parameters = module.num_parameters()
-            run_passes(module, device, getattr(torch, dtype), (*PASSES, *([SteadyActivations()] * self._deterministic)))
+            run_passes(module, device, getattr(torch, dtype), PASSES + STEADY_PASSES * self._deterministic)
             shape = probe(module, bridge)
             guard = settle(module, bridge) if self._deterministic else contextlib.nullcontext
         except BaseException:
@@ -136,7 +136,7 @@ def _check_placement(device: str, dtype: str) -> None:
     """Refuse what ``deterministic`` is not measured on, before the weights are read."""
     if device != "cpu" or dtype != "float32":
         raise ConfigError(
-            f"deterministic: True: {dtype} on {device}: only float32 on a CPU gives a token the same bits in any batch: "
+            f"deterministic: True: {dtype} on {device}: only float32 on a CPU gives a token its bits in any batch: "
             'give device="cpu" and dtype="float32", or leave deterministic off'
         )
 
