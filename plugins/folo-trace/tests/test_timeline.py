@@ -39,10 +39,9 @@ def of(events: list[dict[str, Any]], ph: str, **fields: Any) -> list[dict[str, A
     return [e for e in events if e["ph"] == ph and all(e.get(name) == value for name, value in fields.items())]
 
 
-def nanoseconds(event: dict[str, Any]) -> tuple[int, int]:
-    """Begin and end. The format's microseconds have three decimals: whole nanoseconds are exact."""
-    begin = round(event["ts"] * 1000)
-    return begin, begin + round(event["dur"] * 1000)
+def span(event: dict[str, Any]) -> tuple[int, int]:
+    assert type(event["ts"]) is type(event["dur"]) is int, "viewers cut fractions off"
+    return event["ts"], event["ts"] + event["dur"]
 
 
 def tracks(events: list[dict[str, Any]]) -> dict[tuple[int, int], list[dict[str, Any]]]:
@@ -61,7 +60,7 @@ def assert_nested(slices: list[dict[str, Any]]) -> None:
     """Whoever begins inside another ends inside it."""
     stack: list[int] = []
     for event in slices:
-        begin, end = nanoseconds(event)
+        begin, end = span(event)
         assert end >= begin >= 0
         while stack and stack[-1] <= begin:
             stack.pop()
@@ -80,7 +79,7 @@ def assert_sound(events: list[dict[str, Any]]) -> None:
     for (pid, _), slices in tracks(events).items():
         assert_nested(slices)
         if pid == requests:
-            states = [nanoseconds(e) for e in slices if e["name"] in STATES]
+            states = [span(e) for e in slices if e["name"] in STATES]
             assert slices[0]["name"] == "queued"
             assert all(a[1] == b[0] for a, b in itertools.pairwise(states)), "no gap between two states"
     for start in of(events, "s"):

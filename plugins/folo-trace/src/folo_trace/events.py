@@ -1,7 +1,7 @@
 """From an engine's records to the Trace Event Format: slices, instants, flows and counters on tracks.
 
-The format is Google's "Trace Event Format" (2016), which Perfetto and ``chrome://tracing`` open. Times are
-microseconds with three decimals: here they are counted in whole nanoseconds, so that slices that touch touch exactly.
+The format is Google's "Trace Event Format" (2016), which Perfetto and ``chrome://tracing`` open. Times are whole
+microseconds: viewers cut fractions off, each in its own way, and slices that touched would overlap.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from folo_core.engine.observer import RequestEvent, StepRecord
-from folo_trace.lives import FINISHED, RUNNING, SWAPPED, Life
+from folo_trace.lives import DECODE, FINISHED, PREFILL, RUNNING, SWAPPED, Life
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -23,7 +23,7 @@ ENGINE, REQUESTS = 1, 2
 """The two groups of tracks, which the format calls processes."""
 STEPS = 1
 """The engine's track of steps, which the format calls a thread."""
-IDLE_NS = 1_000_000
+IDLE_US = 1000
 """A pause between two steps that lets the rates fall to zero."""
 LEAVINGS = {RequestEvent.PREEMPTED: "preempted", RequestEvent.SWAPPED_OUT: "swapped out"}
 MARKS = LEAVINGS | {RequestEvent.SWAPPED_IN: "swapped in"}
@@ -42,8 +42,14 @@ def trace_events(records: Sequence[StepRecord | RequestRecord]) -> list[Event]:
         else:
             writer.on_request(record)
     events = writer.finish()
-    events.sort(key=lambda event: (event["ph"] != "M", event.get("ts", 0), -event.get("dur", 0)))
+    events.sort(key=_place)
     return events
+
+
+def _place(event: Event) -> tuple[bool, int, int]:
+    """Order events: names, then by time; a state before the parts of steps inside it, and both before all else."""
+    is_part = event["pid"] == REQUESTS and event["name"] in {PREFILL, DECODE}
+    return event["ph"] != "M", event.get("ts", 0), is_part if event["ph"] == "X" else 2
 
 
 class _Track:
@@ -61,7 +67,7 @@ class _Track:
 
 
 class _Writer:
-    """Makes events of records, in the order in which they were told. Times are nanoseconds since ``origin``."""
+    """Makes events of records, in the order in which they were told. Times are microseconds since ``origin``."""
 
     def __init__(self, origin: float) -> None:
         self.origin = origin
@@ -120,7 +126,7 @@ class _Writer:
         self._count(record, begin, end)
 
     def _moment(self, time: float) -> int:
-        moment = round((time - self.origin) * 1e9)
+        moment = round((time - self.origin) * 1e6)
         self.now = max(self.now, moment)
         return moment
 
@@ -172,14 +178,14 @@ class _Writer:
             name = f"{MARKS[record.event]}: {record.request_id}"
             self._instant(ENGINE, STEPS, now, name, {"request": record.request_id})
             if record.event in LEAVINGS and step is not None and step[0] <= now <= step[1]:
-                flow = {"cat": "preemption", "name": MARKS[record.event], "id": next(self._flows), "ts": _us(now)}
+                flow = {"cat": "preemption", "name": MARKS[record.event], "id": next(self._flows), "ts": now}
                 self.events.append({"ph": "s", "pid": ENGINE, "tid": STEPS, **flow})
                 self.events.append({"ph": "f", "bp": "e", "pid": REQUESTS, "tid": track.number, **flow})
         self._marks.clear()
 
     def _count(self, record: StepRecord, begin: int, end: int) -> None:
         """Set the counters: rates for as long as the step took, all others from its end on."""
-        if 0 <= self._rates_since < begin - IDLE_NS:
+        if 0 <= self._rates_since < begin - IDLE_US:
             self._rates(self._rates_since, 0.0, 0.0)
         self._rates_since = end
         if record.seconds > 0:
@@ -199,16 +205,14 @@ class _Writer:
 
     def _slice(self, group: int, track: int, span: tuple[int, int], name: str, args: Event) -> None:
         begin, end = span
-        times = {"ts": _us(begin), "dur": _us(end - begin)}
+        times = {"ts": begin, "dur": end - begin}
         self.events.append({"ph": "X", "pid": group, "tid": track, **times, "name": name, "args": args})
 
     def _instant(self, group: int, track: int, now: int, name: str, args: Event) -> None:
-        self.events.append(
-            {"ph": "i", "s": "t", "pid": group, "tid": track, "ts": _us(now), "name": name, "args": args}
-        )
+        self.events.append({"ph": "i", "s": "t", "pid": group, "tid": track, "ts": now, "name": name, "args": args})
 
     def _counter(self, now: int, name: str, **values: float) -> None:
-        self.events.append({"ph": "C", "pid": ENGINE, "ts": _us(now), "name": name, "args": values})
+        self.events.append({"ph": "C", "pid": ENGINE, "ts": now, "name": name, "args": values})
 
 
 def _facts_of_step(record: StepRecord) -> Event:
@@ -223,10 +227,6 @@ def _facts_of_step(record: StepRecord) -> Event:
         "swapped_in_blocks": record.swapped_in_blocks,
     }
     return facts | {name: count for name, count in rare.items() if count}
-
-
-def _us(nanoseconds: int) -> float:
-    return nanoseconds / 1000
 
 
 def _track_group(group: int, name: str, order: int) -> Iterable[Event]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.live import Live
+from rich.text import Text
 
 from folo_core.errors import ConfigError
 from folo_core.plugins import hookimpl
@@ -130,8 +131,12 @@ class Top:
             return
         if self.mode is Mode.JSON:
             self._write(json.dumps({"kind": "summary", "complete": kind is None, **self.summary()}))
+            return
+        rows = view.summary(self.summary())
+        if self.mode is Mode.LIVE:
+            self.console.print(view.grid((name, Text(text)) for name, text in rows))
         else:
-            self.console.print(view.summary(self.summary()))
+            self._write("\n".join(f"{name + ':':{view.LABEL_WIDTH}} {text}" for name, text in rows))
 
     def _show(self) -> None:
         try:

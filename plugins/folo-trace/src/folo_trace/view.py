@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from rich.console import RenderableType
 
@@ -25,7 +25,7 @@ _FACTOR = 1024
 
 def view(figures: Figures, title: str, height: int) -> RenderableType:
     """Return the live view, no higher than ``height`` lines if there is room for a table of one request."""
-    head = _grid(_lines(figures))
+    head = grid(_lines(figures))
     table = _requests(figures, max(height - head.row_count - 6, 1))
     return Group(_title(figures, title), "", head, "", table)
 
@@ -44,8 +44,8 @@ def line(figures: Figures) -> str:
     return "  ".join(parts)
 
 
-def summary(figures: Figures) -> RenderableType:
-    """Return what a whole run came to."""
+def summary(figures: Figures) -> list[tuple[str, str]]:
+    """Return what a whole run came to, as pairs of a name and a text."""
     rates = figures["per_second"]
     rows = [
         ("time", f"{figures['seconds']:.1f} s, {figures['num_steps']:,} steps, {rates['steps']:.1f} a second"),
@@ -59,7 +59,7 @@ def summary(figures: Figures) -> RenderableType:
         peak = figures["peak_blocks"]
         rows.append(("blocks", f"{peak} of {total} at the peak{_in_bytes(peak * size, total * size)}"))
         rows += [("prefix cache", _hits(figures))] * bool(figures["prefix_cache"]["hit_tokens"])
-    return _grid([(name, Text(text)) for name, text in rows])
+    return rows
 
 
 def _title(figures: Figures, title: str) -> Text:
@@ -167,10 +167,11 @@ def _size(count: float) -> str:
     return f"{count:.0f} {_UNITS[unit]}" if unit == 0 else f"{count:.1f} {_UNITS[unit]}"
 
 
-def _grid(rows: list[tuple[str, Text]]) -> Table:
-    grid = Table.grid(padding=(0, 1))
-    grid.add_column(width=LABEL_WIDTH, style="bright_black")
-    grid.add_column(no_wrap=True, overflow="ellipsis")
+def grid(rows: Iterable[tuple[str, Text]]) -> Table:
+    """Return names and texts in two columns, for a terminal."""
+    table = Table.grid(padding=(0, 1))
+    table.add_column(width=LABEL_WIDTH, style="bright_black")
+    table.add_column(no_wrap=True, overflow="ellipsis")
     for name, text in rows:
-        grid.add_row(name, text)
-    return grid
+        table.add_row(name, text)
+    return table
