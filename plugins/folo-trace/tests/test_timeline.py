@@ -328,3 +328,20 @@ def test_a_request_id_may_come_again() -> None:
     events = timeline.events()
     assert_sound(events)
     assert [e["args"]["name"] for e in of(events, "M", name="thread_name")] == ["steps", "again", "again"]
+
+
+def test_a_branch_has_a_track_of_its_own() -> None:
+    timeline = Timeline()
+    llm = make_llm(FakeModel(), plugins=[timeline])
+    llm.engine.add_request("story", "abcdef", greedy(max_tokens=9, ignore_eos=True))
+    for _ in range(4):
+        llm.engine.step()
+    llm.engine.fork("story", "retold", at=2)
+    while llm.engine.has_unfinished_requests:
+        llm.engine.step()
+    events = timeline.events()
+    assert_sound(events)
+    names = {e["tid"]: e["args"]["name"] for e in of(events, "M", name="thread_name")}
+    parts = Counter((names[e["tid"]], e["name"]) for e in of(events, "X", pid=pid_of(events, "requests")))
+    assert parts["retold", "queued"] == parts["retold", "running"] == 1
+    assert parts["retold", "prefill"] + parts["retold", "decode"] == 7, "it took two of its nine tokens over"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import sys
@@ -15,8 +16,9 @@ from folo_trace_cases import PRESSURE, folo, interrupt_after, stand_in
 from rich.console import Console
 
 from engines import SamplerPlugin, TreeParams, TreeSampler, greedy, make_llm
+from folo_core.async_engine import AsyncEngine
 from folo_core.errors import ConfigError, RequestError
-from folo_core.testing.fakes import FakeModel
+from folo_core.testing.fakes import FakeModel, fake_components
 from folo_trace import Top
 from folo_trace.view import view
 from folo_trace.workload import Workload, parse_range
@@ -125,7 +127,7 @@ def test_rates_are_of_the_last_seconds() -> None:
 
 
 def test_the_view_shows_the_figures() -> None:
-    top = Top("json", interval=1e9, title="folo top · fake")
+    top = Top("json", interval=1e9, title="folo top · fake", console=Console(width=110, file=io.StringIO()))
     books = Books(top, enable_prefix_caching=True)
     views = []
     on_step = top.on_step
@@ -138,7 +140,7 @@ def test_the_view_shows_the_figures() -> None:
     words.append(f"{figures['num_waiting'] - figures['num_swapped']} waiting")
     blocks = figures["blocks"]
     words.append(f"{blocks['used']} used, {blocks['cached']} cached, {blocks['free']} free of 24")
-    words.append(f"({blocks['used'] * 32} B of 768 B)")
+    words.append(f"({blocks['used'] * 32} of 768 B)")
     assert all(word in text for word in [*words, "of 8 (", "swaps: ", "blocks out"])
     assert f"{100 * figures['prefix_cache']['hit_rate']:.1f} % of" in text
     for row in figures["requests"]:
@@ -155,17 +157,29 @@ def test_a_low_terminal_shows_as_many_requests_as_fit() -> None:
     row = {"tenant": "", "state": "running", "prompt_tokens": 1, "output_tokens": 2, "preemptions": 0, "swaps": 0}
     figures["requests"] = [{"id": f"r{i}", **row} for i in range(50)]
     for height in (24, 40):
-        text = text_of(view(figures, "folo top", height))
+        text = text_of(view(figures, "folo top", (110, height)))
         assert len(text.splitlines()) <= height
         assert (
             f"… and {50 - sum(line.startswith('r') and line[1].isdigit() for line in text.splitlines())} more" in text
         )
 
 
+def test_a_narrow_terminal_loses_no_figure() -> None:
+    top = Top("json", interval=1e9)
+    Books(top, enable_prefix_caching=True).run()
+    figures = top.figures() | {"block_bytes": 2**20}
+    figures["blocks"] = {"used": 38, "cached": 2, "free": 460, "total": 500}
+    for width in (80, 100, 200):
+        text = text_of(view(figures, "folo top", (width, 24)), width)
+        (line,) = [line for line in text.splitlines() if line.startswith("blocks")]
+        assert line.rstrip().endswith("38 used, 2 cached, 460 free of 500 (38 of 500 MiB)")
+        assert all(part in line for part in "█▒░"), "whatever is not nothing is seen"
+
+
 def test_an_id_is_no_markup() -> None:
     figures = Top("json").figures()
     row = {"tenant": "[red]", "state": "running", "prompt_tokens": 1, "output_tokens": 2, "preemptions": 0, "swaps": 0}
-    text = text_of(view(figures | {"requests": [{"id": "[bold]x[/]", **row}]}, "folo top", 40))
+    text = text_of(view(figures | {"requests": [{"id": "[bold]x[/]", **row}]}, "folo top", (110, 40)))
     assert "[bold]x[/]" in text
     assert "[red]" in text
 
@@ -349,3 +363,17 @@ def test_stdout_decides_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -
     assert Top(console=live_console()).mode.value == "live"
     dumb = Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"})
     assert Top(console=dumb).mode.value == "lines"
+
+
+def test_an_engine_on_a_thread_of_its_own() -> None:
+    async def serve() -> list[Any]:
+        async with AsyncEngine(fake_components(plugins=[top])) as engine:
+            streams = [engine.generate("abc" + x, greedy(ignore_eos=True), f"r{x}") for x in "defg"]
+            return [[output async for output in stream][-1] for stream in streams]
+
+    top = Top(console=live_console(), interval=0.0)
+    with top:
+        outputs = asyncio.run(serve())
+    assert all(output.finished for output in outputs)
+    assert top.summary()["finished"] == {"length": 4}
+    assert top.console.file.getvalue().count("folo top") > top.summary()["num_steps"]

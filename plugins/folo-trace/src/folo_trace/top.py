@@ -112,7 +112,7 @@ class Top:
         return self.gauges.summary()
 
     def __rich__(self) -> RenderableType:
-        return view.view(self.figures(), self.title, self.console.height)
+        return view.view(self.figures(), self.title, self.console.size)
 
     def __enter__(self) -> Self:
         if self.mode is Mode.LIVE:

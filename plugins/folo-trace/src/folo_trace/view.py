@@ -18,14 +18,20 @@ if TYPE_CHECKING:
 STYLES = {"running": "green", "swapped out": "magenta", "preempted": "yellow"}
 USED, CACHED, FREE = ("█", "green"), ("▒", "cyan"), ("░", "bright_black")
 """The parts of a bar: they differ in shape, for those who see no colour."""
-LABEL_WIDTH, BAR_WIDTH = 14, 36
+LABEL_WIDTH = 14
+BAR_WIDTHS, BESIDE_BAR = (10, 36), 70
+"""The least and the most cells of a bar, and those that the texts around it take."""
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _FACTOR = 1024
+_MANY_UNITS = 100
+"""So many need no decimal."""
 
 
-def view(figures: Figures, title: str, height: int) -> RenderableType:
-    """Return the live view, no higher than ``height`` lines if there is room for a table of one request."""
-    head = grid(_lines(figures))
+def view(figures: Figures, title: str, size: tuple[int, int]) -> RenderableType:
+    """Return the live view for a terminal of ``size`` (columns, lines), with as many requests as it has room for."""
+    width, height = size
+    least, most = BAR_WIDTHS
+    head = grid(_lines(figures, max(least, min(most, width - BESIDE_BAR))))
     table = _requests(figures, max(height - head.row_count - 6, 1))
     return Group(_title(figures, title), "", head, "", table)
 
@@ -70,7 +76,7 @@ def _title(figures: Figures, title: str) -> Text:
     return text
 
 
-def _lines(figures: Figures) -> list[tuple[str, Text]]:
+def _lines(figures: Figures, bar: int) -> list[tuple[str, Text]]:
     rates = figures["per_second"]
     speed = Text.assemble(
         (f"{rates['prefill_tokens']:,.1f}", "bold"),
@@ -86,30 +92,30 @@ def _lines(figures: Figures) -> list[tuple[str, Text]]:
     batch = Text("   ").join(Text.assemble((f"{n:,}", f"bold {style}"), f" {name}") for n, name, style in counts)
     batch.append(f"   {_finished(figures)}")
     lines = [("tokens/s", speed), ("requests", batch), ("preemptions", Text(_preemptions(figures)))]
-    return lines + (_memory_lines(figures) if "blocks" in figures else [])
+    return lines + (_memory_lines(figures, bar) if "blocks" in figures else [])
 
 
-def _memory_lines(figures: Figures) -> list[tuple[str, Text]]:
+def _memory_lines(figures: Figures, bar: int) -> list[tuple[str, Text]]:
     blocks, host, size = figures["blocks"], figures["host_blocks"], figures["block_bytes"]
     counts = f"{blocks['used']} used, {blocks['cached']} cached, {blocks['free']} free of {blocks['total']}"
     parts = [(blocks["used"], USED), (blocks["cached"], CACHED), (blocks["free"], FREE)]
-    lines = [("blocks", _bar(parts, counts + _in_bytes(blocks["used"] * size, blocks["total"] * size)))]
+    lines = [("blocks", _bar(bar, parts, counts + _in_bytes(blocks["used"] * size, blocks["total"] * size)))]
     if host["total"]:
         parts = [(host["used"], USED), (host["total"] - host["used"], FREE)]
         counts = f"{host['used']} used of {host['total']}"
-        lines.append(("host blocks", _bar(parts, counts + _in_bytes(host["used"] * size, host["total"] * size))))
+        lines.append(("host blocks", _bar(bar, parts, counts + _in_bytes(host["used"] * size, host["total"] * size))))
     if figures["prefix_cache"]["hit_tokens"]:
         found, asked = figures["prefix_cache"]["hit_tokens"], figures["prefix_cache"]["queried_tokens"]
-        lines.append(("prefix cache", _bar([(found, CACHED), (asked - found, FREE)], _hits(figures))))
+        lines.append(("prefix cache", _bar(bar, [(found, CACHED), (asked - found, FREE)], _hits(figures))))
     return lines
 
 
-def _bar(parts: list[tuple[int, tuple[str, str]]], text: str) -> Text:
+def _bar(width: int, parts: list[tuple[int, tuple[str, str]]], text: str) -> Text:
     """Draw shares of a whole; whatever is not nothing gets a cell at least."""
     total = sum(count for count, _ in parts) or 1
-    cells = [max(round(BAR_WIDTH * count / total), count > 0) for count, _ in parts]
-    cells[cells.index(max(cells))] += BAR_WIDTH - sum(cells)
-    bar = Text.assemble(*((sign * width, style) for width, (_, (sign, style)) in zip(cells, parts, strict=True)))
+    cells = [max(round(width * count / total), count > 0) for count, _ in parts]
+    cells[cells.index(max(cells))] += width - sum(cells)
+    bar = Text.assemble(*((sign * length, style) for length, (_, (sign, style)) in zip(cells, parts, strict=True)))
     return bar.append(f"  {text}")
 
 
@@ -157,14 +163,11 @@ def _hits(figures: Figures) -> str:
 
 
 def _in_bytes(used: int, total: int) -> str:
-    return f" ({_size(used)} of {_size(total)})" if total else ""
-
-
-def _size(count: float) -> str:
-    unit = 0
-    while count >= _FACTOR and unit < len(_UNITS) - 1:
-        count, unit = count / _FACTOR, unit + 1
-    return f"{count:.0f} {_UNITS[unit]}" if unit == 0 else f"{count:.1f} {_UNITS[unit]}"
+    """Return both in the unit that suits the total; nothing if nobody said what a block takes."""
+    power = next((i for i in range(len(_UNITS)) if total < _FACTOR ** (i + 1)), len(_UNITS) - 1)
+    used_units, total_units = used / _FACTOR**power, total / _FACTOR**power
+    digits = 1 if power and total_units < _MANY_UNITS else 0
+    return f" ({used_units:.{digits}f} of {total_units:.{digits}f} {_UNITS[power]})" if total else ""
 
 
 def grid(rows: Iterable[tuple[str, Text]]) -> Table:
