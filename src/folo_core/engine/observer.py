@@ -40,6 +40,8 @@ class StepRecord:
     cached_blocks: int = 0
     """Blocks that nobody references, kept for what they hold."""
     total_blocks: int
+    block_bytes: int = 0
+    """Bytes of a block's keys and values over all layers; 0 if nobody said."""
     used_host_blocks: int = 0
     total_host_blocks: int = 0
     swapped_out_blocks: int = 0
@@ -50,6 +52,8 @@ class StepRecord:
     hit_tokens: int = 0
     tokens_of: dict[str, int] = attrs.field(factory=dict)
     """Tokens that each request ran in this step, by request id."""
+    sampled_of: dict[str, int] = attrs.field(factory=dict)
+    """Tokens that were appended to the longest-grown row of each request that sampled, by request id."""
     started: float = 0.0
     """When the step began, in seconds of ``time.perf_counter``."""
     seconds: float
@@ -111,6 +115,8 @@ class RequestRecord:
     """Of its longest sequence."""
     num_sequences: int
     """Live ones; ended ones where the request has finished."""
+    num_blocks: int = 0
+    """Blocks that they take up, on the device or on the host; one that several share counts once."""
     finish_reason: str | None = None
 
 

@@ -85,6 +85,7 @@ class Reporter:
             free_blocks=usage.num_free_blocks,
             cached_blocks=usage.num_cached_blocks,
             total_blocks=usage.num_blocks,
+            block_bytes=usage.block_bytes,
             used_host_blocks=usage.num_host_blocks - usage.num_free_host_blocks,
             total_host_blocks=usage.num_host_blocks,
             swapped_out_blocks=len(scheduled.swap_out),
@@ -92,6 +93,7 @@ class Reporter:
             queried_tokens=state.kv.stats.num_queried_tokens,
             hit_tokens=state.kv.stats.num_hit_tokens,
             tokens_of=scheduled.tokens_by_request(),
+            sampled_of={sample.request_id: max(map(len, sample.tokens), default=0) for sample in samples},
             started=started,
             seconds=time.perf_counter() - started,
         )
@@ -151,6 +153,13 @@ class Reporter:
             num_prompt_tokens=len(request.prompt_token_ids),
             num_output_tokens=max((len(s.data.output_token_ids) for s in sequences), default=0),
             num_sequences=len(sequences),
+            num_blocks=_count_blocks(sequences),
             finish_reason=sequences[0].status.finish_reason if sequences else None,
         )
         self.observers.on_request(record)
+
+
+def _count_blocks(sequences: Iterable[Sequence]) -> int:
+    """Count the blocks that sequences take up, on the device or on the host."""
+    tables = [s.host_blocks if s.block_table is None else s.block_table.blocks for s in sequences]
+    return len({block for table in tables for block in table})

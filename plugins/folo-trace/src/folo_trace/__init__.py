@@ -1,4 +1,4 @@
-"""Records what a decoding strategy did to a request's sequences, and draws it as one page.
+"""Shows what an engine does: a generation's tree as one page, a run in time, and what goes on live.
 
 Importing this imports no torch: the parts are loaded when they are asked for.
 """
@@ -10,11 +10,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from folo_trace.page import render
     from folo_trace.recorder import Recorder
+    from folo_trace.timeline import Timeline
+    from folo_trace.top import Top
     from folo_trace.tree import build_trace
 
-__all__ = ["Recorder", "build_trace", "render"]
+__all__ = ["Recorder", "Timeline", "Top", "build_trace", "render"]
 
-_HOMES = {"Recorder": "folo_trace.recorder", "build_trace": "folo_trace.tree", "render": "folo_trace.page"}
+_HOMES = {
+    "Recorder": "folo_trace.recorder",
+    "Timeline": "folo_trace.timeline",
+    "Top": "folo_trace.top",
+    "build_trace": "folo_trace.tree",
+    "render": "folo_trace.page",
+}
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 (a class or a function)
