@@ -25,7 +25,7 @@ from folo_core.scheduling.interface import Fork, SchedulerState, ServiceSchedule
 from folo_core.sequence import SequenceStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
     from contextlib import AbstractContextManager
 
     from folo_core.components import Components
@@ -263,9 +263,8 @@ class Engine:
         except Exception as error:  # noqa: BLE001 (a model may raise anything; the engine lives on)
             handle = _FailedStep(self._step_error(error))
         except BaseException:
-            # Ctrl-C: the caller will abort its requests; what the executor may not have done yet stays noted.
-            self._released = scheduled.released + self._released
-            self._zero_blocks = scheduled.zero_blocks + self._zero_blocks
+            # Ctrl-C: the caller will abort its own requests; those of others go on.
+            self._take_back(_Flight(scheduled, _FailedStep(FoloError("interrupted")), []))
             raise
         self._in_flight.append(_Flight(scheduled, handle, self._progress(scheduled)))
 
@@ -288,8 +287,11 @@ class Engine:
         except Exception as error:
             logger.warning("step %d failed: %s", self.step_count, error, exc_info=logger.isEnabledFor(logging.DEBUG))
             fault = self._step_error(error)
-            self._distrust(flight)
+            self._take_back(flight, ending=flight.scheduled.scheduled)
             return StepResult(errors={request.request_id: fault for request in flight.scheduled.scheduled})
+        except BaseException:
+            self._take_back(flight)
+            raise
         self._steps_in_memory += 1
         if self.budget is not self._full_budget and self._steps_in_memory >= STEPS_BEFORE_GROWTH:
             self._set_token_budget(2 * self.budget.max_num_batched_tokens)
@@ -298,29 +300,30 @@ class Engine:
     def _retreat(self, flight: _Flight, error: StepOutOfMemoryError) -> StepResult:
         """Take back a step that the device's memory could not hold, and go on with steps of half its size.
 
-        How far the executor came is not known, so everything that runs is computed anew. If the step was of one
-        request alone and as small as a step can be, that request ends in the error.
+        If the step was of one request alone and as small as a step can be, that request ends in the error.
         """
         scheduled = flight.scheduled
         logger.warning("a step of %d tokens ran out of memory: %s", scheduled.num_tokens, error)
-        self._distrust(flight)
-        for request in self.state.running.copy():
-            self._compute_anew(request)
-        self._released = scheduled.released + self._released
-        self._zero_blocks = scheduled.zero_blocks + self._zero_blocks
+        self._take_back(flight)
         least = max((request.width for request in scheduled.scheduled), default=1)
         if len(scheduled.scheduled) == 1 and scheduled.num_tokens <= least:
             return StepResult(errors={scheduled.scheduled[0].request_id: error})
         self._set_token_budget(max(least, scheduled.num_tokens // 2))
         return StepResult()
 
-    def _distrust(self, flight: _Flight) -> None:
-        """Have those computed anew whose keys and values a failed step was to compute or to move, if they go on."""
-        moved = (*flight.scheduled.preempted, *flight.scheduled.resumed)
-        for request_id in dict.fromkeys([*flight.dropped, *(request.request_id for request in moved)]):
-            request = self.requests.get(request_id)
-            if request is not None and (request.is_swapped or request in self.state.running):
+    def _take_back(self, flight: _Flight, ending: Collection[Request] = ()) -> None:
+        """Undo a step of which nobody knows how far it came: all that runs is computed anew, but for what will end.
+
+        So are those whose keys and values it was to move, and those that have left it since, if they go on.
+        """
+        scheduled = flight.scheduled
+        left = [self.requests[request_id] for request_id in flight.dropped if request_id in self.requests]
+        others = (*scheduled.preempted, *scheduled.resumed, *self.state.running)
+        for request in dict.fromkeys([*left, *(request for request in others if request not in ending)]):
+            if request.is_swapped or request in self.state.running:
                 self._compute_anew(request)
+        self._released = scheduled.released + self._released
+        self._zero_blocks = scheduled.zero_blocks + self._zero_blocks
 
     def _compute_anew(self, request: Request) -> None:
         """Take all memory of a running or swapped request and queue it again."""

@@ -147,7 +147,9 @@ class StepPlanner:
         """Move a request from the host back, and schedule its next tokens if there is room for them too."""
         kv, known = self.state.kv, {s.seq_id: s.num_computed_tokens for s in request.live if s.host_blocks}
         ahead = sum(min(s.num_uncomputed_tokens, self.tokens_left) for s in request.live)
-        pairs = kv.swap_in(request.live, self._spare() + len(known) + ahead // kv.block_size)
+        # By itself it fits, as its admission made sure, and nobody would ever leave it more room.
+        spare = self._spare() + len(known) + ahead // kv.block_size if self.state.running else 0
+        pairs = kv.swap_in(request.live, spare)
         if pairs is None:
             return False
         self.output.swap_in += pairs
