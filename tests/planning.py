@@ -73,7 +73,8 @@ class Desk:
     def admit(self, *requests: Request) -> SchedulerOutput:
         """Run a step that admits these requests."""
         planner = self.plan()
-        assert all([planner.admit(request) for request in requests])
+        for request in requests:
+            assert planner.admit(request)
         self.finish(planner.output)
         return planner.output
 

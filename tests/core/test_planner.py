@@ -1,4 +1,4 @@
-"""The queue, the state and the planner: what a step holds, who is admitted to it, and what it keeps whatever is asked."""
+"""Queue, state and planner: what a step holds, who is admitted to it, and what it keeps whatever is asked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from folo_core.scheduling.interface import Fork, SchedulerOutput, SchedulerState
 from folo_core.scheduling.planner import SPARE_SHARE
 from folo_core.scheduling.queue import RequestQueue
 from folo_core.sequence import SequenceStatus
-from planning import SIZE, Desk, by_arrival
+from planning import Desk, by_arrival
 
 # --- the queue ------------------------------------------------------------------------------------------------------
 
@@ -36,7 +36,7 @@ def test_an_empty_queue_has_no_first():
     queue = RequestQueue(by_arrival)
     assert not queue
     assert queue.firsts() == []
-    with pytest.raises(IndexError, match="^the queue is empty$"):
+    with pytest.raises(IndexError, match=r"^the queue is empty$"):
         queue.peek()
 
 
@@ -167,7 +167,13 @@ def test_an_admitted_request_runs_its_prompt_and_is_introduced():
     assert (planner.tokens_left, planner.seqs_left) == (58, 7)
     assert output.new_blocks == {0: (0, [1, 2])}
     [new] = output.new_sequences
-    assert (new.seq_id, new.request_id, new.index, new.token_ids, new.num_computed) == (0, "a", 0, [0, 1, 2, 3, 4, 5], 0)
+    assert (new.seq_id, new.request_id, new.index, new.token_ids, new.num_computed) == (
+        0,
+        "a",
+        0,
+        [0, 1, 2, 3, 4, 5],
+        0,
+    )
     assert (sequence.status, sequence.num_computed_tokens) == (SequenceStatus.RUNNING, 6)
     assert (desk.running, desk.waiting) == (["a"], set())
     new.token_ids.append(99)

@@ -648,6 +648,7 @@ def test_usage_counts_blocks_of_device_and_host():
     usage = kv.usage()
     assert (usage.block_size, usage.block_bytes, usage.num_blocks, usage.num_host_blocks) == (4, 4096, 8, 4)
     assert (usage.num_used_blocks, usage.num_cached_blocks, usage.num_free_blocks) == (4, 0, 4)
+    assert usage.num_free_host_blocks == 4
     kv.swap_out(group)
     usage = kv.usage()
     assert (usage.num_used_blocks, usage.num_cached_blocks, usage.num_free_blocks) == (0, 2, 6)
