@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 # Set before torch and transformers are imported. A test suite runs many tiny matrices, for which threads only cost.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,4 +14,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # No deadline: a shared machine pauses when it likes. Slow data generation is no fault either, only a wrong answer is.
 settings.register_profile("folo", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.register_profile("thorough", parent=settings.get_profile("folo"), max_examples=2000)
+# A mutant need not be shown small, and it dies of the same examples each time.
+settings.register_profile(
+    "mutants",
+    parent=settings.get_profile("folo"),
+    phases=[Phase.explicit, Phase.generate],
+    database=None,
+    derandomize=True,
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "folo"))

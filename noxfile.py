@@ -212,3 +212,21 @@ def docs(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Print what hooks, validation, sampling, forks and scheduling cost. ``-- NAME`` runs one of them."""
     shared(session, "python", "bench/run_all.py", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def soak(session: nox.Session) -> None:
+    """Nightly: a million random operations on KV memory and 300 random runs of an engine, each checked in full."""
+    machines = ["tests/core/test_memory_machine.py", "tests/core/test_engine_machine.py"]
+    environment = {"FOLO_SOAK": "1_000_000", "FOLO_SOAK_RUNS": "300"}
+    shared(session, "pytest", "-s", *machines, *session.posargs, env=environment)
+
+
+@nox.session(venv_backend="none")
+def mutants(session: nox.Session) -> None:
+    """Nightly: break the block pool and the schedulers in every small way, and see whether a test notices.
+
+    ``-- --sample 300 --seed 7`` tries some of them, ``-- --only '*planner*'`` those of one module.
+    """
+    shared(session, "python", "-m", "pip", "install", "--quiet", *group("mutants"))
+    shared(session, "python", "bench/mutants.py", *session.posargs)
