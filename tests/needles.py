@@ -1,9 +1,10 @@
 """Trials of determinism: one request, the needle, alone and then hidden in ever other company.
 
-A trial draws a prompt, parameters and a crowd of other requests, runs the needle alone on an engine with ample memory
-and one thread, and then among the crowd on an engine that is short of memory, cuts prompts in other pieces, swaps or
-computes anew, finds beginnings in its cache, and computes on one or two threads. Token ids and log probabilities must be
-the same bits. ``python tests/needles.py --trials 1000`` prints the figures; without ``deterministic`` it finds the differences.
+A trial draws a prompt, parameters and a crowd of other requests. It runs the needle alone on an engine with ample
+memory and one thread, and then among the crowd on an engine that is short of memory, cuts prompts in other pieces,
+swaps or computes anew, finds beginnings in its cache, and computes on one or two threads. Token ids and log
+probabilities must be the same bits. ``python tests/needles.py --trials 1000`` prints the figures; ``--default-mode``
+counts the differences that there are without ``deterministic``.
 """
 
 from __future__ import annotations

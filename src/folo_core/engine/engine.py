@@ -333,6 +333,7 @@ class Engine:
             self._released += own - {fork.child_id for fork in self._forks}
             self._forks = [fork for fork in self._forks if fork.child_id not in own]
             request.metrics.num_preemptions += 1
+            self.reporter.num_preemptions += 1
             self._forget_in_flight(request)
             if request.wants_prompt_logprobs:
                 request.prompt_logprobs.clear()
