@@ -1,7 +1,7 @@
 """A cache that holds a tenth of what 256 requests need, against one that holds it all: in turns, deterministic.
 
-Prints both throughputs and their ratio, and checks what must hold under such pressure: all requests finish, in the order
-in which they came (all are of one length), the first is never preempted, and every answer is the same bits.
+Prints both throughputs and their ratio, and checks what must hold under such pressure: all requests finish, in the
+order in which they came (all are of one length), the first is never preempted, and every answer is the same bits.
 """
 
 from __future__ import annotations

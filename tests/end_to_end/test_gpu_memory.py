@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -107,7 +108,9 @@ def test_the_cache_takes_what_the_largest_step_leaves(tmp_path: Path) -> None:
     assert total - free <= 0.5 * total + used_before, "the largest steps stay within the share"
 
 
-def test_a_step_that_the_device_has_no_room_for_is_tried_again_in_pieces(tmp_path: Path) -> None:
+def test_a_step_that_the_device_has_no_room_for_is_tried_again_in_pieces(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     llm = LLM(
         str(big_model(tmp_path)), skip_tokenizer_init=True, kv_cache_bytes="512MiB", max_model_len=8192,
         max_num_batched_tokens=16384, max_num_seqs=8,
@@ -115,9 +118,11 @@ def test_a_step_that_the_device_has_no_room_for_is_tried_again_in_pieces(tmp_pat
     prompts = [{"prompt_token_ids": [5 + i] * 4000} for i in range(4)]
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     expected = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+    gc.collect()  # what earlier tests left would give the step room
     torch.cuda.empty_cache()
     hog = torch.empty(torch.cuda.mem_get_info()[0] - 192 * MIB, dtype=torch.uint8, device=DEVICE)
     outputs = llm.generate(prompts, params)
+    assert "a step of 16000 tokens ran out of memory" in caplog.text
     assert llm.engine.budget.max_num_batched_tokens < 16384, "steps were cut"
     assert [output.error for output in outputs] == [None] * 4
     same = sum(a == o.outputs[0].token_ids for a, o in zip(expected, outputs, strict=True))
