@@ -10,8 +10,8 @@ from prompts import PROMPTS
 
 from folo_core import LLM, SamplingParams
 
-GREEDY = SamplingParams(temperature=0, max_tokens=6, logprobs=2, prompt_logprobs=0, ignore_eos=True)
-SAMPLED = SamplingParams(temperature=0.9, top_p=0.9, seed=7, max_tokens=6, logprobs=2, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0, max_tokens=4, logprobs=2, prompt_logprobs=0, ignore_eos=True)
+SAMPLED = SamplingParams(temperature=0.9, top_p=0.9, seed=7, max_tokens=4, logprobs=2, ignore_eos=True)
 SMALL = {"max_num_batched_tokens": 40, "long_prefill_token_threshold": 16}
 """Options that cut every longer prompt."""
 
@@ -27,10 +27,10 @@ def steady() -> Any:
 
 @pytest.fixture(scope="module")
 def jobs(steady: Any) -> list[tuple[list[int], SamplingParams]]:
-    """Prompts of 1 to 200 tokens, in pairs of a greedy and a sampled request."""
+    """Prompts of 1 to 140 tokens, greedy, and two of them sampled too."""
     tokens = [token for prompt in PROMPTS for token in steady.get_tokenizer().encode(prompt)]
-    prompts = [tokens[start : start + length] for start, length in enumerate((1, 9, 30, 64, 129, 200))]
-    return [(prompt, params) for prompt in prompts for params in (GREEDY, SAMPLED)]
+    prompts = [tokens[start : start + length] for start, length in enumerate((1, 20, 64, 140))]
+    return [(prompt, GREEDY) for prompt in prompts] + [(prompt, SAMPLED) for prompt in prompts[1:3]]
 
 
 def answers(llm: Any, jobs: Any) -> list[Any]:
