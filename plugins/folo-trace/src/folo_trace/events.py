@@ -197,7 +197,7 @@ class _Writer:
         if record.total_host_blocks:
             free = record.total_host_blocks - record.used_host_blocks
             self._counter(end, "host blocks", used=record.used_host_blocks, free=free)
-        if record.queried_tokens:
+        if record.hit_tokens:
             self._counter(end, "prefix cache hit rate", percent=100 * record.hit_tokens / record.queried_tokens)
 
     def _rates(self, now: int, computed: float, sampled: float) -> None:
