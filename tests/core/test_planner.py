@@ -248,6 +248,11 @@ def test_without_chunks_a_prompt_that_a_whole_step_could_hold_waits_for_one():
     assert planner.output.num_new_tokens == [4, 6]
 
 
+def test_without_chunks_a_prompt_as_long_as_a_chunk_runs_whole():
+    desk = Desk(max_chunk_tokens=6, chunked_prefill=False)
+    assert desk.admit(desk.ask("a", range(6))).num_new_tokens == [6]
+
+
 def test_without_chunks_a_prompt_that_no_step_could_hold_is_cut_all_the_same():
     desk = Desk(max_num_batched_tokens=10, chunked_prefill=False)
     assert desk.admit(desk.ask("a", range(11))).num_new_tokens == [10]
@@ -301,6 +306,8 @@ def test_hits_are_counted_once_for_each_admitted_request():
     desk.admit(desk.ask("b", range(9)))
     stats = desk.state.kv.stats
     assert (stats.num_requests, stats.num_queried_tokens, stats.num_hit_tokens) == (2, 18, 8)
+    desk.admit(desk.ask("c", range(6)))
+    assert (stats.num_requests, stats.num_queried_tokens, stats.num_hit_tokens) == (3, 24, 12)
     assert stats.num_resumed_tokens == 0
 
 
@@ -465,6 +472,28 @@ def test_those_of_a_group_who_are_ahead_wait_for_the_others():
     planner = desk.plan()
     assert planner.extend(request)
     assert (planner.output.num_new_tokens, planner.output.samples) == ([1, 1], [True, True])
+
+
+def test_a_group_decodes_in_chunks_of_a_single_token():
+    desk = Desk()
+    request = group_of(desk)
+    desk.budget = Desk(max_chunk_tokens=1).budget
+    planner = desk.plan()
+    assert planner.extend(request)
+    assert (planner.output.num_new_tokens, planner.output.samples) == ([1, 1], [True, True])
+
+
+def test_a_group_shares_what_is_left_of_a_steps_tokens():
+    desk = Desk()
+    request = group_of(desk, newest=(7, 8))
+    for sequence in request.live:
+        for token in (1, 2):
+            sequence.data.append(token)
+    planner = desk.plan()
+    planner.tokens_left = 5
+    assert planner.extend(request)
+    assert planner.output.num_new_tokens == [2, 2, 1]
+    assert planner.output.samples == [False] * 3
 
 
 def test_a_group_is_extended_whole_or_not_at_all():

@@ -96,6 +96,13 @@ def test_a_request_that_is_alone_is_weighed_by_what_it_has_computed():
     assert costs.asked == [(5, 2)]
 
 
+def test_two_rows_are_a_group_already():
+    desk = Desk()
+    desk.state.costs = costs = Weighed()
+    desk.plan().preempt(group_of(desk))
+    assert costs.asked == [(6 + 2, 3)]
+
+
 def test_a_member_of_a_group_that_is_not_there_yet_counts_nothing():
     desk = Desk()
     desk.state.costs = costs = Weighed()
@@ -170,6 +177,23 @@ def test_a_preempted_request_moves_to_the_host_if_that_is_the_way():
     assert desk.state.num_swapped == 1
     assert planner.seqs_left == 8
     desk.check()
+
+
+def test_a_step_may_preempt_several_and_one_request_may_be_preempted_often():
+    desk = Desk(num_host_blocks=6, mode="swap")
+    requests = [desk.ask(name, range(start, start + 6)) for name, start in {"a": 0, "b": 20}.items()]
+    desk.admit(*requests)
+    for times in (1, 2):
+        planner = desk.plan()
+        for request in requests:
+            planner.preempt(request)
+        assert (planner.output.released, len(planner.output.swap_out)) == ([0, 1], 4)
+        assert [request.metrics.num_preemptions for request in requests] == [times, times]
+        assert [request.metrics.num_swaps for request in requests] == [times, times]
+        assert desk.state.num_swapped == 2
+        output = desk.admit(*requests)
+        assert (len(output.swap_in), output.resumed) == (4, requests)
+        assert output.new_blocks.keys() == {0, 1}
 
 
 def preempted(desk, request):
@@ -247,6 +271,9 @@ def test_a_request_that_lost_its_memory_finds_what_is_still_cached():
     assert (stats.num_requests, stats.num_queried_tokens, stats.num_hit_tokens) == (1, 9, 0)
     assert stats.num_resumed_tokens == 8
     assert request.live[0].num_cached_tokens == 0, "not what its prompt was spared"
+    desk.plan().preempt(request)
+    desk.admit(request)
+    assert stats.num_resumed_tokens == 16
 
 
 def test_a_request_comes_back_from_the_host_where_it_left():
@@ -458,3 +485,58 @@ def test_members_of_a_group_find_what_they_had_computed_beyond_what_they_share()
     assert known == {1: 12}, "its second and third block were still there"
     assert request.live[1].num_indexed_blocks >= 3
     desk.check()
+
+
+def test_members_of_a_group_share_what_the_first_computed_and_tell_the_cache_of_no_block_twice():
+    desk = Desk()
+    request = group_of(desk)
+    desk.plan().preempt(request)
+    assert desk.admit(request).num_new_tokens == [2]
+    planner = desk.plan()
+    assert planner.extend(request)
+    assert [(new.seq_id, new.num_computed) for new in planner.output.new_sequences] == [(1, 6)]
+    assert request.live[1].num_indexed_blocks == 1
+    desk.finish(planner.output)
+    assert [sequence.num_indexed_blocks for sequence in request.live] == [2, 2]
+    desk.check()
+
+
+def test_a_single_token_that_a_group_shares_is_computed_once_too():
+    desk = Desk(cached=False, max_chunk_tokens=8)
+    request = group_of(desk, prompt=range(5))
+    desk.plan().preempt(request)
+    desk.budget = Desk(max_chunk_tokens=4).budget
+    assert desk.admit(request).num_new_tokens == [4]
+    for expected in ([1], [2, 2]):
+        planner = desk.plan()
+        assert planner.extend(request)
+        assert planner.output.num_new_tokens == expected
+        desk.finish(planner.output)
+
+
+def test_rows_that_are_alike_so_far_share_all_but_their_newest_token():
+    desk = Desk(cached=False)
+    request = desk.ask("g", range(6), width=2)
+    desk.admit(request)
+    desk.widen(request, 9)
+    assert request.live[0].data.token_ids == request.live[1].data.token_ids
+    desk.plan().preempt(request)
+    output = desk.admit(request)
+    assert (output.num_new_tokens, output.samples) == ([6], [False])
+    planner = desk.plan()
+    assert planner.extend(request)
+    assert (planner.output.num_new_tokens, planner.output.samples) == ([1, 1], [True, True])
+
+
+def test_a_row_that_goes_on_from_another_shares_all_but_the_others_newest_token():
+    desk = Desk(cached=False)
+    request = desk.ask("g", range(6), width=2)
+    desk.admit(request)
+    desk.widen(request, 9)
+    request.live[1].data.append(5)
+    request.live[1].data.append(6)
+    desk.plan().preempt(request)
+    assert desk.admit(request).num_new_tokens == [6]
+    planner = desk.plan()
+    assert planner.extend(request)
+    assert planner.output.num_new_tokens == [1, 3]
