@@ -9,6 +9,8 @@ from hypothesis import HealthCheck, Phase, settings
 # Set before torch and transformers are imported. A test suite runs many tiny matrices, for which threads only cost.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where a test does take two threads, the one that waits must not keep the other's core busy.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # No deadline: a shared machine pauses when it likes. Slow data generation is no fault either, only a wrong answer is.
