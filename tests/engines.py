@@ -50,19 +50,28 @@ def run(engine: Engine, *, most_steps: int = 2000) -> dict[str, RequestOutput]:
 
 
 def assert_clean(engine: Engine) -> None:
-    """Nothing of any request is left: blocks, queues, the runner's slots, sampler state."""
+    """Nothing of any request is left: blocks here and on the host, queues, the runner's slots, sampler state."""
     engine.step()
     while engine._in_flight:
         engine.step()
-    pool = engine.state.kv.pool
+    assert_blocks_back(engine)
+    engine.check_integrity()
     runner = engine.executor.runner
-    assert pool.num_free == pool.num_usable
     assert not engine.requests
     assert not engine.state.running
     assert not engine.state.waiting
     assert len(runner.batch) == 0
     assert not runner.requests
     assert not engine.outputs._sent
+    assert not engine._forks
+
+
+def assert_blocks_back(engine: Engine) -> None:
+    """All blocks of the device are free but for cached ones, and all of the host are free."""
+    kv = engine.state.kv
+    assert kv.pool.num_free == kv.pool.num_usable - kv.pool.num_cached
+    assert kv.index is not None or kv.pool.num_cached == 0
+    assert kv.swap is None or kv.swap.pool.num_free == kv.swap.pool.num_usable
 
 
 @attrs.frozen(slots=True, kw_only=True)

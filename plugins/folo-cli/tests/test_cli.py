@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import resource
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -213,6 +215,73 @@ def test_a_full_disk_exits_with_1_and_says_so(
 ) -> None:
     assert folo(monkeypatch, "generate", "a", "b", "-o", "/dev/full") == 1
     assert "No space left on device" in capsys.readouterr().err
+
+
+def test_a_disk_that_fills_up_keeps_the_lines_that_were_written(
+    model: FakeModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A limit on the size of files stands in for a full disk: the write that passes it fails."""
+    out = tmp_path / "out"
+    assert folo(monkeypatch, "generate", "a", "b", "c", "--max-tokens", "4", "-o", str(out)) == 0
+    whole = out.read_bytes()
+    room = whole.index(b"\n") + 20
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        status = folo(monkeypatch, "generate", "a", "b", "c", "--max-tokens", "4", "-o", str(out))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert status == 1
+    assert "what was written before is kept" in capsys.readouterr().err
+    kept = out.read_bytes()
+    assert kept == whole[: len(kept)]
+    assert len(kept) >= whole.index(b"\n") + 1
+    assert json.loads(kept.splitlines()[0])["outputs"][0]["finish_reason"] in {"stop", "length"}
+
+
+BROKEN_PIPE = """
+import sys
+from engines import TemplateTokenizer, make_llm
+from folo_cli import options
+from folo_core.cli.main import main
+from folo_core.testing.fakes import FakeModel
+
+model, steps = FakeModel(), []
+
+def wait(_):
+    steps.append(1)
+    if len(steps) == 12:
+        sys.stdin.read()  # until the reader has gone
+
+def end_the_first(logits, pasts):
+    for row, past in enumerate(pasts):
+        logits[row, 63] = 1e3 if past[0] == 1 else -1e3
+    return logits
+
+model.before_forward, model.edit_logits = wait, end_the_first
+options.open_model = lambda *_, **__: make_llm(model, tokenizer=TemplateTokenizer())
+sys.argv = ["folo", "generate", chr(33), "b", "c", "--max-tokens", "20"]
+main()
+"""
+
+
+def test_a_broken_pipe_exits_with_141_and_what_was_read_is_whole() -> None:
+    """The first prompt ends at once; its reader leaves before the others do."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", BROKEN_PIPE]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        line = json.loads(process.stdout.readline())
+        process.stdout.close()
+        process.stdin.close()
+        complaint = process.stderr.read()
+        assert process.wait(60) == 141
+    assert (line["index"], line["outputs"][0]["finish_reason"]) == (0, "stop")
+    assert "Traceback" not in complaint
+    assert "BrokenPipe" not in complaint
 
 
 class Script:

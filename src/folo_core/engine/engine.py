@@ -300,15 +300,19 @@ class Engine:
     def _retreat(self, flight: _Flight, error: StepOutOfMemoryError) -> StepResult:
         """Take back a step that the device's memory could not hold, and go on with steps of half its size.
 
-        If the step was of one request alone and as small as a step can be, that request ends in the error.
+        If the step was of one request alone and as small as a step can be, that request ends in the error. One that
+        moved blocks as well was not: computed anew, they need not be moved.
         """
         scheduled = flight.scheduled
         logger.warning("a step of %d tokens ran out of memory: %s", scheduled.num_tokens, error)
         self._take_back(flight)
         least = max((request.width for request in scheduled.scheduled), default=1)
-        if len(scheduled.scheduled) == 1 and scheduled.num_tokens <= least:
+        alone, moved = len(scheduled.scheduled) == 1, bool(scheduled.swap_in or scheduled.swap_out)
+        if alone and not moved and scheduled.num_tokens <= least:
             return StepResult(errors={scheduled.scheduled[0].request_id: error})
-        self._set_token_budget(max(least, scheduled.num_tokens // 2))
+        # A step of several requests is cut even below the width of one: for those before it there is room yet.
+        most = max(least, scheduled.num_tokens // 2)
+        self._set_token_budget(most if alone else max(1, min(most, scheduled.num_tokens - 1)))
         return StepResult()
 
     def _take_back(self, flight: _Flight, ending: Collection[Request] = ()) -> None:

@@ -53,7 +53,8 @@ class InProcessExecutor:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            text = f"step of {scheduled.num_tokens} tokens in {self.current_part()}: {str(error).splitlines()[0]}"
+            why = next(iter(str(error).splitlines()), type(error).__name__)  # Python's own says nothing
+            text = f"step of {scheduled.num_tokens} tokens in {self.current_part()}: {why}"
         # Only now are the frames gone that hold the failed step's tensors.
         free_cached_memory()
         raise StepOutOfMemoryError(text)
