@@ -1,4 +1,4 @@
-"""``deterministic=True`` on the demo model: the same bits alone, batched, in chunks and on any number of threads."""
+"""``deterministic=True`` on the demo model: the same bits alone, batched, in chunks, on one thread and on two."""
 
 from __future__ import annotations
 
