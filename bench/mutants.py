@@ -25,7 +25,17 @@ from typing import Any
 import attrs
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "mutants"
+WORK = ROOT / ".nox" / "mutants"
+FOLDER = WORK / "mutants"
+PARTS = {
+    "src/folo_core": "src/folo_core",
+    "plugins/folo-schedulers/src/folo_schedulers": "src/folo_schedulers",
+    "plugins/folo-schedulers/tests": "plugins/folo-schedulers/tests",
+    "tests": "tests",
+    "conftest.py": "conftest.py",
+    "pyproject.toml": "pyproject.toml",
+}
+"""What is copied where: mutmut wants all packages in one ``src``."""
 KILLED = {"killed", "timeout", "segfault"}
 ENVIRONMENT = {"FOLO_SOAK": "3000", "HYPOTHESIS_PROFILE": "mutants"}
 GENERATE = "*.x_blocks_for__mutmut_1"
@@ -79,6 +89,17 @@ def _as_list(value: str | list[str]) -> list[str]:
     return [value] if isinstance(value, str) else value
 
 
+def lay_out() -> None:
+    """Copy what is mutated and what tests it, afresh."""
+    shutil.rmtree(WORK, ignore_errors=True)
+    for source, target in PARTS.items():
+        (WORK / target).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / source).is_dir():
+            shutil.copytree(ROOT / source, WORK / target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / source, WORK / target)
+
+
 def mutmut(jobs: int, *names: str) -> None:
     """Make the mutants if there are none, and run those of these names, or all.
 
@@ -86,15 +107,13 @@ def mutmut(jobs: int, *names: str) -> None:
         SystemExit: mutmut could not run; its last lines say why.
     """
     command = [sys.executable, "-m", "mutmut", "run", "--max-children", str(jobs), *names]
-    log = FOLDER.with_name("mutants.log")
+    log, environment = WORK / "log.txt", os.environ | ENVIRONMENT
     with log.open("w") as file:
         finished = subprocess.run(
-            command, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=file, stderr=subprocess.STDOUT, check=False
+            command, cwd=WORK, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False
         )
-    text = log.read_text()
-    log.unlink()
     if finished.returncode:
-        raise SystemExit("\n".join(re.split(r"[\r\n]+", text)[-40:]))
+        raise SystemExit("\n".join(re.split(r"[\r\n]+", log.read_text())[-40:]))
 
 
 def statuses() -> dict[str, dict[str, str]]:
@@ -125,16 +144,16 @@ def judged(path: str, name: str, status: str, equivalents: Equivalents) -> Mutan
     texts = [[line for line in text if not line.lstrip().startswith("def ")] for text in texts]
     changed = [line for line in difflib.ndiff(*texts) if line[:2] in {"- ", "+ "}]
     before, after = (" ".join(line[2:].strip() for line in changed if line[0] == sign) for sign in "-+")
-    first = next((line[2:] for line in changed if line[0] == "-"), "")
-    return Mutant(name, path, _line_of(path, first, texts[0]), before, after, status, equivalents.why(before, after))
+    place = next(source + path[len(target) :] for source, target in PARTS.items() if path.startswith(target))
+    return Mutant(name, place, _line_of(path, *texts), before, after, status, equivalents.why(before, after))
 
 
-def _line_of(path: str, line: str, function: list[str]) -> int:
-    """Find a function's line in the source: mutated files hold it at another place."""
-    source = (ROOT / path).read_text().splitlines()
-    body = function[1:] if len(function) > 1 else function
-    start = next((n for n in range(len(source)) if source[n : n + len(body)] == body), 0)
-    return next((n + 1 for n in range(start, len(source)) if source[n] == line), 0)
+def _line_of(path: str, original: list[str], mutated: list[str]) -> int:
+    """Return the line of the source where two functions begin to differ: mutated files hold them elsewhere."""
+    source = (WORK / path).read_text().splitlines()
+    start = next((n for n in range(len(source)) if source[n : n + len(original)] == original), 0)
+    pairs = enumerate(zip(original, mutated, strict=False))
+    return 1 + start + next((n for n, (one, other) in pairs if one != other), 0)
 
 
 def report(mutants: list[Mutant], threshold: float) -> bool:
@@ -168,12 +187,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--threshold", type=float, default=0.9, help="least share of all mutants to be killed")
     parser.add_argument("--json", type=Path, help="write every mutant and its verdict here")
-    parser.add_argument("--keep", action="store_true", help="judge what is in mutants/ already, and run nothing")
+    parser.add_argument("--keep", action="store_true", help="judge what ran before, and run nothing")
     options = parser.parse_args(arguments)
-    os.chdir(ROOT)
     if not options.keep:
-        shutil.rmtree(FOLDER, ignore_errors=True)
+        lay_out()
         run(options)
+    os.chdir(WORK)  # where mutmut's own functions look for what it made
     equivalents = Equivalents.load(Path(__file__).with_name("equivalent_mutants.toml"))
     ran = [
         judged(path, name, status, equivalents)

@@ -354,6 +354,17 @@ def test_only_blocks_that_are_filled_in_this_step_are_waited_for():
     assert planner.admit(desk.ask("c", range(13))), "all three are here"
 
 
+def test_a_block_that_a_step_only_fills_in_part_is_not_waited_for():
+    desk = Desk(max_chunk_tokens=6)
+    first = desk.ask("a", range(13))
+    desk.admit(first)
+    planner = desk.plan()
+    planner.tokens_left = 1
+    assert planner.extend(first), "the seventh token, of eight in two blocks"
+    planner.tokens_left = 64
+    assert planner.admit(desk.ask("b", range(13)))
+
+
 def test_a_tenant_does_not_wait_for_what_another_computes():
     desk = Desk()
     planner = desk.plan()
@@ -444,6 +455,15 @@ def test_a_groups_sequences_run_together_and_a_shared_block_is_copied():
     assert output.new_blocks == {0: (1, [3]), 1: (1, [4])}, "the last holder keeps the block"
     assert (output.scheduled, output.tokens_of_scheduled) == ([request], [3])
     assert planner.tokens_left == 61
+
+
+def test_of_a_long_table_only_what_changed_is_told():
+    desk = Desk()
+    request = group_of(desk, prompt=range(18))
+    planner = desk.plan()
+    assert planner.extend(request)
+    assert planner.output.new_blocks == {0: (4, [6])}
+    assert (planner.output.copy_sources, planner.output.copy_destinations) == ([5], [6])
 
 
 def test_a_group_samples_together_or_not_at_all():

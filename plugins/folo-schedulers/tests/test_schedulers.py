@@ -226,8 +226,82 @@ def test_nobody_yields_for_a_newcomer_that_memory_would_still_be_short_for() -> 
     desk.ask("low", range(20, 27), priority=2)
     desk.step(scheduler)
     desk.ask("long", range(40, 60), priority=1)
-    assert preempted(desk.step(scheduler)) == [], "five blocks, and no more than three can be had"
-    assert desk.running == ["first", "low"]
+    output = desk.step(scheduler)
+    assert preempted(output) == [], "five blocks, and no more than three can be had"
+    assert output.tokens_by_request() == {"first": 1, "low": 1}
+
+
+def test_nobody_yields_if_what_an_admission_must_leave_would_be_missing() -> None:
+    desk, scheduler = desk_for("priority", num_blocks=17, cached=False)
+    desk.ask("high", range(4), priority=0)
+    desk.ask("low", range(20, 52), priority=2)
+    desk.step(scheduler)
+    desk.ask("mid", range(100, 156), priority=1)
+    output = desk.step(scheduler)
+    assert preempted(output) == [], "fourteen blocks could be had, and one must be left for the other"
+    assert output.tokens_by_request() == {"high": 1, "low": 1}
+
+
+def test_nobody_yields_blocks_that_somebody_else_holds_too() -> None:
+    desk, scheduler = desk_for("priority", num_blocks=9)
+    desk.ask("high", range(17), priority=0)
+    desk.step(scheduler)
+    desk.ask("low", range(17), priority=2)
+    desk.step(scheduler)
+    desk.ask("mid", range(20, 40), priority=1)
+    output = desk.step(scheduler)
+    assert preempted(output) == [], "of its five blocks four are shared, and mid needs five"
+    assert output.tokens_by_request() == {"high": 1, "low": 1}
+
+
+def test_without_chunks_nobody_yields_for_a_prompt_that_this_step_has_no_tokens_for() -> None:
+    desk, scheduler = desk_for("priority", max_num_seqs=2, max_num_batched_tokens=8, chunked_prefill=False)
+    desk.ask("high", [1], priority=0)
+    desk.ask("low", [2], priority=2)
+    desk.step(scheduler)
+    desk.ask("mid", range(20, 28), priority=1)
+    output = desk.step(scheduler)
+    assert preempted(output) == [], "eight tokens wanted, and one is gone"
+    assert output.tokens_by_request() == {"high": 1, "low": 1}
+
+
+def test_nobody_yields_to_one_on_the_host_that_would_find_no_room() -> None:
+    desk, scheduler = desk_for("priority", num_blocks=8, cached=False, num_host_blocks=4, mode="swap")
+    mid = desk.ask("mid", range(15), priority=1)
+    desk.step(scheduler)
+    desk.plan().preempt(mid)
+    high, low = desk.ask("high", range(20, 31), priority=0), desk.ask("low", [1], priority=2)
+    desk.admit(high, low)
+    output = desk.step(scheduler)
+    assert preempted(output) == [], "it needs four blocks and one for its next token, and four can be had"
+    assert output.tokens_by_request() == {"high": 1, "low": 1}
+    desk.end(high)
+    assert desk.step(scheduler).resumed == [mid]
+
+
+def test_who_outranks_the_newcomer_does_not_yield_though_it_sits_the_step_out() -> None:
+    desk, scheduler = desk_for("priority", max_num_seqs=2)
+    desk.ask("high", [1], priority=0)
+    desk.step(scheduler)
+    desk.state.running[0].live[0].num_computed_tokens += 1  # its newest token is on its way
+    desk.ask("low", [2], priority=2)
+    desk.step(scheduler)
+    desk.ask("mid", [3], priority=1, width=2)
+    assert preempted(desk.step(scheduler)) == []
+    assert desk.running == ["high", "low"]
+
+
+def test_a_newcomer_runs_one_chunk_in_the_step_that_admits_it() -> None:
+    desk, scheduler = desk_for("priority", max_chunk_tokens=4, max_num_seqs=4)
+    for name, priority in {"high": 0, "low": 2, "lower": 3}.items():
+        desk.ask(name, [priority], priority=priority)
+    desk.step(scheduler)
+    desk.ask("mid", range(20, 32), priority=1)
+    desk.ask("top", range(40, 52), priority=-1)
+    output = desk.step(scheduler)
+    assert preempted(output) == ["lower"]
+    assert [request.request_id for request in output.scheduled] == ["top", "high", "mid", "low"]
+    assert output.tokens_of_scheduled == [4, 1, 4, 1]
 
 
 def test_a_newcomer_gets_memory_from_those_it_outranks() -> None:
@@ -427,6 +501,23 @@ def test_those_who_stay_keep_their_counters_when_others_come_and_go() -> None:
     desk.end(desk.requests["b"])
     desk.step(scheduler)
     assert scheduler.counters == {"a": 10.0, "b": 20.0}, "and who left above them is"
+
+
+def test_a_tenant_that_leaves_with_no_more_than_the_others_is_forgotten() -> None:
+    desk, scheduler = desk_for("fair")
+    for number, tenant in enumerate("ab"):
+        desk.ask(tenant, [10 * number], tenant=tenant)
+    desk.step(scheduler)
+    desk.end(desk.requests["a"])
+    desk.step(scheduler)
+    assert scheduler.counters == {"b": 1.0}
+
+
+def test_tokens_that_come_when_their_tenant_is_forgotten_are_charged_all_the_same() -> None:
+    desk, scheduler = desk_for("fair")
+    request = desk.ask("a", [1], tenant="a")
+    scheduler.on_tokens(request, 2)
+    assert scheduler.counters == {"a": 4.0}
 
 
 def test_waiting_tenants_are_here_too() -> None:

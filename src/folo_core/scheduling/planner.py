@@ -6,6 +6,7 @@ preempted together, and a request samples only when all its sequences reach thei
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from folo_core.errors import SchedulerError
@@ -64,13 +65,12 @@ class StepPlanner:
             return False
         if request.is_swapped:
             return self._bring_back(request)
-        first, kv = request.live[0], self.state.kv
-        target = first.num_tokens if len(request.live) == 1 else _common_prefix(request.live)
+        first, kv, target = request.live[0], self.state.kv, _target(request)
         found = [] if request.wants_prompt_logprobs else kv.match(first, target)
         counts = self._token_counts([target - len(found) * kv.block_size])
         if counts is None or (not request.wants_prompt_logprobs and self._awaits(first, target, len(found))):
             return False
-        if not kv.fits(found, len(found) * kv.block_size + counts[0], self._spare()):
+        if not kv.fits(found, len(found) * kv.block_size + counts[0], self._spare(self.seqs_left)):
             return False
         kv.adopt(first, found)
         self._grant(request, [first], counts)
@@ -84,16 +84,17 @@ class StepPlanner:
     def could_admit(self, request: Request, victims: list[Request]) -> bool:
         """Whether a request would find a place and memory if all of ``victims`` were preempted.
 
-        An estimate from above: blocks that they share with others count as theirs.
+        An estimate from below, so that nobody yields in vain: what the request would find computed is not counted, nor
+        are blocks of the victims that others hold too.
         """
-        kv, first = self.state.kv, request.live[0]
+        pool, needed = self.state.kv.pool, self._blocks_to_run(request)
         places = self.seqs_left + sum(victim.width for victim in victims)
-        held = {b for v in victims for s in v.live if s.block_table is not None for b in s.block_table.blocks}
-        lying = {block for sequence in request.live for block in sequence.host_blocks}
-        needed = len(lying) or blocks_for(min(first.num_tokens, self.tokens_left), kv.block_size)
-        waits = not self._underway.isdisjoint(first.block_digests)
-        enough = places >= request.width and needed <= kv.pool.num_available + len(held)
-        return enough and self.tokens_left > 0 and not waits
+        if needed is None or places < request.width:
+            return False
+        tables = [s.block_table for victim in victims for s in victim.live if s.block_table is not None]
+        held = Counter(block for table in tables for block in table.blocks)
+        freed = sum(pool.references(block) == count for block, count in held.items())
+        return needed + self._spare(places) <= pool.num_available + freed
 
     def can_preempt(self, request: Request) -> bool:
         """Whether this step has not scheduled the request yet: what a step reads or writes cannot be taken away."""
@@ -146,10 +147,9 @@ class StepPlanner:
     def _bring_back(self, request: Request) -> bool:
         """Move a request from the host back, and schedule its next tokens if there is room for them too."""
         kv, known = self.state.kv, {s.seq_id: s.num_computed_tokens for s in request.live if s.host_blocks}
-        ahead = sum(min(s.num_uncomputed_tokens, self.tokens_left) for s in request.live)
         # By itself it fits, as its admission made sure, and nobody would ever leave it more room.
-        spare = self._spare() + len(known) + ahead // kv.block_size if self.state.running else 0
-        pairs = kv.swap_in(request.live, spare)
+        beside = self._spare(self.seqs_left) + self._blocks_to_go_on(request) if self.state.running else 0
+        pairs = kv.swap_in(request.live, beside)
         if pairs is None:
             return False
         self.output.swap_in += pairs
@@ -168,9 +168,26 @@ class StepPlanner:
         for sequence in request.live:
             sequence.transition(SequenceStatus.RUNNING)
 
-    def _spare(self) -> int:
+    def _blocks_to_run(self, request: Request) -> int | None:
+        """Count the blocks that a waiting request needs in this step; None if memory would not help it."""
+        if self.tokens_left <= 0:
+            return None
+        if request.is_swapped:
+            lying = {block for sequence in request.live for block in sequence.host_blocks}
+            return len(lying) + self._blocks_to_go_on(request)
+        counts = self._token_counts([_target(request)])
+        if counts is None or not self._underway.isdisjoint(request.live[0].block_digests):
+            return None
+        return blocks_for(counts[0], self.state.kv.block_size)
+
+    def _blocks_to_go_on(self, request: Request) -> int:
+        """Count the blocks that a request on the host may need at once besides those that lie there."""
+        ahead = sum(min(s.num_uncomputed_tokens, self.tokens_left) for s in request.live)
+        return sum(bool(s.host_blocks) for s in request.live) + ahead // self.state.kv.block_size
+
+    def _spare(self, seqs_left: int) -> int:
         """Blocks that an admission leaves for those who run: the newcomer would soon have to yield them."""
-        return min(self.budget.max_num_seqs - self.seqs_left, self.state.kv.pool.num_usable // SPARE_SHARE)
+        return min(self.budget.max_num_seqs - seqs_left, self.state.kv.pool.num_usable // SPARE_SHARE)
 
     def _awaits(self, sequence: Sequence, target: int, num_found: int) -> bool:
         """Whether the next block that a sequence would have to compute is being computed in this step."""
@@ -294,6 +311,11 @@ class StepPlanner:
         num_drafts = sequence.num_computed_tokens - sequence.num_tokens
         self.output.samples.append(num_drafts >= 0)
         del sequence.draft_token_ids[max(0, num_drafts) :]
+
+
+def _target(request: Request) -> int:
+    """Return how many leading tokens a request runs before it samples, or before its sequences part."""
+    return request.live[0].num_tokens if len(request.live) == 1 else _common_prefix(request.live)
 
 
 def _common_prefix(sequences: list[Sequence]) -> int:
