@@ -90,7 +90,7 @@ def main() -> None:
         generator = random.Random(0)  # noqa: S311 (a mix of requests, no secret)
         cold = resident_bytes()
         for size in range(1, STEP_TOKENS):
-            llm.generate([{"prompt_token_ids": [1] * size}], SamplingParams(max_tokens=1))
+            llm.generate([{"prompt_token_ids": [size] * size}], SamplingParams(max_tokens=1))
         serve(llm, count // 10, generator)
         before, started = resident_bytes(), time.perf_counter()
         tokens = serve(llm, count, generator)
