@@ -17,7 +17,7 @@ from folo_core.plugins.manager import load_registry
 from folo_core.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from folo_core.engine.input_processor import Prompt
     from folo_core.engine.reporting import EngineStats
@@ -59,6 +59,9 @@ class LLM:
             registry = load_registry(block=config.blocked_plugins, strict=config.strict_plugins)
         self.engine = Engine(build_components(config, registry))
         self._request_ids = itertools.count()
+        self._open: set[str] = set()
+        self._kept: dict[str, list[RequestOutput]] = {}
+        """What came for an open request while somebody waited for another: for a stream, while ``generate`` ran."""
 
     def stats(self) -> EngineStats:
         """Return queues, memory and the prefix cache's hit rate as they are now."""
@@ -134,18 +137,21 @@ class LLM:
         tenants = _one_text_each(tenant, len(prompts), "tenant")
         final = {id(p): attrs.evolve(p, output_kind=RequestOutputKind.FINAL_ONLY) for p in params}
         places: dict[str, int] = {}
+        opened: list[str] = []
         try:
             each = zip(prompts, params, priorities, tenants, strict=True)
             for place, (prompt, param, rank, whom) in enumerate(each):
                 request_id = self._next_id()
                 self.engine.add_request(request_id, prompt, final[id(param)], priority=rank, tenant=whom)
                 places[request_id] = place
+                self._open.add(request_id)
+                opened.append(request_id)
             while places:
-                for output in self.engine.step():
-                    if output.finished and output.request_id in places:
+                for output in self._receive(places):
+                    if output.finished:
                         yield places.pop(output.request_id), output
         finally:
-            self.engine.abort(places)
+            self._leave(opened)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Yield what is new of one prompt's answer after each step. Leaving early aborts the request.
@@ -157,15 +163,15 @@ class LLM:
         params = attrs.evolve(sampling_params or SamplingParams(), output_kind=RequestOutputKind.DELTA)
         request_id = self._next_id()
         self.engine.add_request(request_id, prompt, params)
+        self._open.add(request_id)
         finished = False
         try:
             while not finished:
-                for output in self.engine.step():
-                    if output.request_id == request_id:
-                        finished = output.finished
-                        yield output
+                for output in self._receive([request_id]):
+                    finished = output.finished
+                    yield output
         finally:
-            self.engine.abort(request_id)
+            self._leave([request_id])
 
     def chat(
         self,
@@ -206,6 +212,25 @@ class LLM:
             chat_template=chat_template or self.engine.components.config.model.chat_template,
             add_generation_prompt=add_generation_prompt,
         )
+
+    def _receive(self, request_ids: Collection[str]) -> list[RequestOutput]:
+        """Return what came for these requests while others were waited for, or else what the next step brings."""
+        for request_id in [known for known in self._kept if known in request_ids]:
+            return self._kept.pop(request_id)
+        mine = []
+        for output in self.engine.step():
+            if output.request_id in request_ids:
+                mine.append(output)
+            elif output.request_id in self._open:
+                self._kept.setdefault(output.request_id, []).append(output)
+        return mine
+
+    def _leave(self, request_ids: list[str]) -> None:
+        """Forget these requests, and end those that are still running."""
+        self.engine.abort(request_ids)
+        self._open.difference_update(request_ids)
+        for request_id in request_ids:
+            self._kept.pop(request_id, None)
 
     def _next_id(self) -> str:
         return f"llm-{next(self._request_ids)}"

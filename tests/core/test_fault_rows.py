@@ -155,6 +155,7 @@ ROWS: dict[int, tuple[str, list[str]]] = {
     17: (
         "Ctrl-C, a full disk, a broken pipe",
         [f"{HERE}::test_ctrl_c_in_generate_leaves_the_llm_usable_and_an_open_stream_whole",
+         "tests/core/test_llm.py::test_a_stream_loses_nothing_while_others_are_generated",
          "tests/core/test_llm.py::test_ctrl_c_aborts_what_was_running_and_the_next_call_works",
          f"{FAULTS}::test_ctrl_c_in_a_step_leaves_an_engine_that_can_go_on",
          f"{FAULTS}::test_ctrl_c_before_a_step_runs_still_lets_a_failed_requests_blocks_be_zeroed",
@@ -167,6 +168,7 @@ ROWS: dict[int, tuple[str, list[str]]] = {
     19: (
         "the prefix cache across tenants",
         [f"{HERE}::test_a_tenant_finds_its_own_beginnings_and_never_anothers",
+         f"{HERE}::test_a_salt_does_not_stand_for_a_tenant",
          f"{HERE}::test_no_block_is_ever_shared_across_tenants",
          f"{HERE}::test_with_a_hash_that_collides_tokens_decide"],
     ),
@@ -667,8 +669,8 @@ def test_near_misses_of_stop_strings_take_linear_work(monkeypatch: pytest.Monkey
         assert "" in pieces, "something was held back, since a stop string could have begun"
         return CountedText.looked_at, tokenizer.decoded
 
-    small, large = work(300), work(1200)
-    assert small[0] >= 300
+    small, large = work(150), work(600)
+    assert small[0] >= 150
     for fewer, more in zip(small, large, strict=True):
         assert more <= 4.2 * fewer
 
@@ -1050,6 +1052,8 @@ def test_ctrl_c_in_generate_leaves_the_llm_usable_and_an_open_stream_whole(at: i
     (again,) = llm.generate([[1, 2, 3]], greedy(max_tokens=9, ignore_eos=True))
     assert again.outputs[0].token_ids == dense(model, [1, 2, 3], 9)
     pieces += list(stream)
+    assert not llm._kept
+    assert not llm._open
     assert [token for piece in pieces for token in piece.outputs[0].token_ids] == dense(model, CONTROL, 20)
     assert_clean(llm.engine)
 
@@ -1182,7 +1186,7 @@ def resident_bytes() -> int:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
 def test_ten_thousand_requests_leave_resident_memory_where_it_was() -> None:
     engine, _ = make_engine(
-        num_blocks=40, max_num_seqs=32, max_num_batched_tokens=256, max_model_len=64, enable_prefix_caching=True,
+        num_blocks=46, max_num_seqs=32, max_num_batched_tokens=256, max_model_len=64, enable_prefix_caching=True,
         swap_space=SWAP, preemption="swap",
     )  # fmt: skip
     rng = random.Random(0)
@@ -1192,8 +1196,8 @@ def test_ten_thousand_requests_leave_resident_memory_where_it_was() -> None:
         while counts["added"] < until or engine.has_unfinished_requests:
             while counts["added"] < until and len(engine.requests) < 48:
                 prompt = [rng.randrange(2)] * 4 + [rng.randrange(60) for _ in range(rng.randint(1, 6))]
-                params = greedy(max_tokens=rng.randint(1, 10), ignore_eos=True, logprobs=rng.choice([None, 2]))
-                engine.add_request(str(counts["added"]), prompt, params, tenant=str(counts["added"] % 50))
+                params = greedy(max_tokens=rng.randint(1, 8), ignore_eos=True, logprobs=rng.choice([None, 2]))
+                engine.add_request(str(counts["added"]), prompt, params, tenant=str(counts["added"] % 2))
                 counts["added"] += 1
             if rng.random() < 0.3:
                 name = rng.choice(list(engine.requests))
@@ -1208,7 +1212,7 @@ def test_ten_thousand_requests_leave_resident_memory_where_it_was() -> None:
     print(f"\nresident memory after 10,000 requests: {grown / 1e6:+.1f} MB; {counts}, {stats.num_swaps} swaps")
     assert counts["aborted"] >= 300
     assert counts["aborted"] + counts["finished"] == 11_000
-    assert stats.num_swaps >= 100
+    assert stats.num_swaps >= 30
     assert stats.prefix_cache.num_hit_tokens > 0
     assert grown < 20e6
     assert_clean(engine)

@@ -101,6 +101,25 @@ def test_streaming_yields_pieces_that_join_to_the_whole() -> None:
     assert "".join(p.outputs[0].text for p in pieces) == whole
 
 
+def test_a_stream_loses_nothing_while_others_are_generated() -> None:
+    model = FakeModel()
+    llm = make_llm(model)
+    params = greedy(max_tokens=6, ignore_eos=True)
+    streams = [llm.stream({"prompt_token_ids": prompt}, params) for prompt in ([1, 2], [3])]
+    pieces = [[next(stream)] for stream in streams]
+    llm.generate([[5, 6]], greedy(max_tokens=20, ignore_eos=True))
+    assert not llm.engine.requests, "both have ended meanwhile"
+    for got, stream in zip(pieces, streams, strict=True):
+        got += list(stream)
+    alone = [llm.generate([prompt], params)[0].outputs[0] for prompt in ([1, 2], [3])]
+    for got, whole in zip(pieces, alone, strict=True):
+        assert [token for piece in got for token in piece.outputs[0].token_ids] == whole.token_ids
+        assert "".join(piece.outputs[0].text for piece in got) == whole.text
+        assert got[-1].finished
+    assert not llm._kept
+    assert not llm._open
+
+
 def test_leaving_a_stream_early_aborts_it() -> None:
     llm = make_llm()
     stream = llm.stream("hello", greedy(max_tokens=50, ignore_eos=True))

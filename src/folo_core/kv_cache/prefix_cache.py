@@ -98,8 +98,8 @@ class PrefixIndex:
     def find(self, digest: bytes, parent: bytes, token_ids: list[int]) -> int | None:
         """Return the block that holds these tokens after that beginning, else None.
 
-        The digest finds it, and the tokens decide: should two beginnings ever have one digest, neither is taken
-        for the other.
+        The digest finds it, and the tokens decide: should two blocks ever have one digest, neither is taken for the
+        other. What comes before a block is told by its parent's digest alone.
         """
         block = self._blocks.get(digest)
         if block is None:
