@@ -141,7 +141,8 @@ def judged(path: str, name: str, status: str, equivalents: Equivalents) -> Mutan
     original = spans.span_by_function_name[re.sub(r"__mutmut_\d+$", "__mutmut_orig", key)]
     mutated = spans.span_by_function_name[key]
     texts = [lines[span.start - 1 : span.end] for span in (original, mutated)]
-    texts = [[line for line in text if not line.lstrip().startswith("def ")] for text in texts]
+    # Without the line that names the function, which differs in any case.
+    texts = [text[1 + next(n for n, line in enumerate(text) if line.lstrip().startswith("def ")) :] for text in texts]
     changed = [line for line in difflib.ndiff(*texts) if line[:2] in {"- ", "+ "}]
     before, after = (" ".join(line[2:].strip() for line in changed if line[0] == sign) for sign in "-+")
     place = next(source + path[len(target) :] for source, target in PARTS.items() if path.startswith(target))

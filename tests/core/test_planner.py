@@ -595,14 +595,54 @@ def test_whether_a_request_could_be_admitted_in_place_of_others_is_asked_of_memo
     victims = [desk.ask("x", range(8)), desk.ask("y", range(20, 28))]
     desk.admit(*victims)
     planner = desk.plan()
-    assert planner.could_admit(desk.ask("two", range(8)), [])
-    assert not planner.could_admit(desk.ask("three", range(9)), [])
-    assert planner.could_admit(desk.ask("four", range(16)), victims[:1])
-    assert not planner.could_admit(desk.ask("five", range(17)), victims[:1])
-    assert planner.could_admit(desk.ask("six", range(24)), victims)
-    assert not planner.could_admit(desk.ask("seven", range(25)), victims)
+    assert planner.could_admit(desk.ask("two", range(100, 108)), [])
+    assert not planner.could_admit(desk.ask("three", range(100, 109)), [])
+    assert planner.could_admit(desk.ask("four", range(100, 116)), victims[:1])
+    assert not planner.could_admit(desk.ask("five", range(100, 117)), victims[:1])
+    assert planner.could_admit(desk.ask("six", range(100, 124)), victims)
+    assert not planner.could_admit(desk.ask("seven", range(100, 125)), victims)
     planner.tokens_left = 8
     assert planner.could_admit(desk.requests["seven"], []), "only a part would run now"
+
+
+def test_a_beginning_that_is_found_takes_room_unless_others_hold_it_anyway():
+    desk = Desk(num_blocks=6)
+    gone = desk.ask("gone", range(16))
+    desk.admit(gone)
+    desk.end(gone)
+    low = desk.ask("low", [50])
+    desk.admit(low)
+    desk.budget = Desk(max_chunk_tokens=4).budget
+    newcomer = desk.ask("newcomer", range(30))
+    planner = desk.plan()
+    assert not planner.could_admit(newcomer, []), "four blocks would come back from the cache, and none is free"
+    assert planner.could_admit(newcomer, [low])
+    desk = Desk(num_blocks=6)
+    low = desk.ask("low", range(16))
+    desk.admit(low)
+    desk.budget = Desk(max_chunk_tokens=8).budget
+    newcomer = desk.ask("newcomer", range(24))
+    planner = desk.plan()
+    assert not planner.could_admit(newcomer, []), "one is free, and two are needed"
+    assert not planner.could_admit(newcomer, [low]), "what is freed is what is found"
+    desk.budget = Desk(max_chunk_tokens=4).budget
+    assert desk.plan().could_admit(newcomer, [])
+    assert desk.plan().could_admit(newcomer, [low])
+
+
+def test_one_that_returns_from_the_host_is_promised_room_for_its_next_token_too():
+    desk = Desk(num_blocks=6, num_host_blocks=3, mode="swap", cached=False)
+    request = desk.ask("a", range(9))
+    desk.admit(request)
+    desk.plan().preempt(request)
+    low = desk.ask("low", range(20, 26))
+    planner = desk.plan()
+    planner.tokens_left = 0
+    assert not planner.could_admit(request, []), "nobody yields for one that could run nothing"
+    desk.admit(low)
+    planner = desk.plan()
+    assert not planner.could_admit(request, []), "three blocks and one more, and three are free"
+    assert planner.could_admit(request, [low])
 
 
 def test_blocks_that_victims_share_are_counted_once():

@@ -653,6 +653,7 @@ def test_usage_counts_blocks_of_device_and_host():
     usage = kv.usage()
     assert (usage.num_used_blocks, usage.num_cached_blocks, usage.num_free_blocks) == (0, 2, 6)
     assert usage.num_free_host_blocks == 0
+    assert KVCacheManager(5, SIZE).index is None, "what is not asked for is off"
     bare = KVCacheManager(5, SIZE).usage()
     assert (bare.block_bytes, bare.num_host_blocks, bare.num_free_host_blocks) == (0, 0, 0)
 

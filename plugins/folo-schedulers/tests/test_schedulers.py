@@ -254,6 +254,21 @@ def test_nobody_yields_blocks_that_somebody_else_holds_too() -> None:
     assert output.tokens_by_request() == {"high": 1, "low": 1}
 
 
+def test_a_newcomer_that_finds_its_beginning_takes_room_for_the_rest_from_those_it_outranks() -> None:
+    desk, scheduler = desk_for("priority", num_blocks=8, max_chunk_tokens=16)
+    gone = desk.ask("gone", range(16))
+    desk.admit(gone)
+    desk.end(gone)
+    desk.ask("high", range(40, 47), priority=0)
+    desk.ask("low", [50], priority=2)
+    desk.step(scheduler)
+    desk.budget = Desk(max_chunk_tokens=4).budget
+    desk.ask("mid", range(30), priority=1)
+    output = desk.step(scheduler)
+    assert preempted(output) == ["low"], "four blocks are found, and its block holds the first chunk"
+    assert output.tokens_by_request() == {"high": 1, "mid": 4}
+
+
 def test_without_chunks_nobody_yields_for_a_prompt_that_this_step_has_no_tokens_for() -> None:
     desk, scheduler = desk_for("priority", max_num_seqs=2, max_num_batched_tokens=8, chunked_prefill=False)
     desk.ask("high", [1], priority=0)

@@ -67,10 +67,8 @@ class StepPlanner:
             return self._bring_back(request)
         first, kv, target = request.live[0], self.state.kv, _target(request)
         found = [] if request.wants_prompt_logprobs else kv.match(first, target)
-        counts = self._token_counts([target - len(found) * kv.block_size])
-        if counts is None or (not request.wants_prompt_logprobs and self._awaits(first, target, len(found))):
-            return False
-        if not kv.fits(found, len(found) * kv.block_size + counts[0], self._spare(self.seqs_left)):
+        counts = self._first_counts(request, target, len(found))
+        if counts is None or not kv.fits(found, len(found) * kv.block_size + counts[0], self._spare(self.seqs_left)):
             return False
         kv.adopt(first, found)
         self._grant(request, [first], counts)
@@ -84,15 +82,16 @@ class StepPlanner:
     def could_admit(self, request: Request, victims: list[Request]) -> bool:
         """Whether a request would find a place and memory if all of ``victims`` were preempted.
 
-        An estimate from below, so that nobody yields in vain: what the request would find computed is not counted, nor
-        are blocks of the victims that others hold too.
+        Nobody yields in vain: blocks of the victims that others hold too are not freed, and what the request finds
+        computed is taken, unless others hold it anyway.
         """
-        pool, needed = self.state.kv.pool, self._blocks_to_run(request)
+        pool = self.state.kv.pool
         places = self.seqs_left + sum(victim.width for victim in victims)
-        if needed is None or places < request.width:
-            return False
         tables = [s.block_table for victim in victims for s in victim.live if s.block_table is not None]
         held = Counter(block for table in tables for block in table.blocks)
+        needed = self._blocks_to_run(request, held)
+        if needed is None or places < request.width:
+            return False
         freed = sum(pool.references(block) == count for block, count in held.items())
         return needed + self._spare(places) <= pool.num_available + freed
 
@@ -168,17 +167,29 @@ class StepPlanner:
         for sequence in request.live:
             sequence.transition(SequenceStatus.RUNNING)
 
-    def _blocks_to_run(self, request: Request) -> int | None:
-        """Count the blocks that a waiting request needs in this step; None if memory would not help it."""
+    def _blocks_to_run(self, request: Request, held: Counter[int]) -> int | None:
+        """Count the blocks that a waiting request needs in this step; None if memory would not help it.
+
+        Args:
+            request: any that waits.
+            held: how many tables of those who would yield hold each block.
+        """
         if self.tokens_left <= 0:
             return None
         if request.is_swapped:
             lying = {block for sequence in request.live for block in sequence.host_blocks}
             return len(lying) + self._blocks_to_go_on(request)
-        counts = self._token_counts([_target(request)])
-        if counts is None or not self._underway.isdisjoint(request.live[0].block_digests):
+        kv, target = self.state.kv, _target(request)
+        found = [] if request.wants_prompt_logprobs else kv.match(request.live[0], target)
+        counts = self._first_counts(request, target, len(found))
+        taken = sum(kv.pool.references(block) == held[block] for block in found)
+        return None if counts is None else taken + blocks_for(counts[0], kv.block_size)
+
+    def _first_counts(self, request: Request, target: int, num_found: int) -> list[int] | None:
+        """Choose how many tokens a waiting request runs after the blocks it found; None if it cannot run now."""
+        if not request.wants_prompt_logprobs and self._awaits(request.live[0], target, num_found):
             return None
-        return blocks_for(counts[0], self.state.kv.block_size)
+        return self._token_counts([target - num_found * self.state.kv.block_size])
 
     def _blocks_to_go_on(self, request: Request) -> int:
         """Count the blocks that a request on the host may need at once besides those that lie there."""
