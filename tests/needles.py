@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 MODELS = ("llama", "qwen3", "gemma2")
 ROOMY: dict[str, Any] = {"num_blocks": 256, "block_size": 8, "max_num_batched_tokens": 512, "max_num_seqs": 32}
-TIGHT = {"num_blocks": 28, "max_num_seqs": 12}
+TIGHT = {"num_blocks": 30, "max_num_seqs": 12}
 CROWDED: tuple[dict[str, Any], ...] = (
     {**TIGHT, "block_size": 4, "max_num_batched_tokens": 19, "preemption": "recompute"},
     {**TIGHT, "block_size": 4, "max_num_batched_tokens": 64, "swap_space": "2MiB", "preemption": "swap"},
