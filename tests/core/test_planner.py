@@ -630,6 +630,15 @@ def test_a_beginning_that_is_found_takes_room_unless_others_hold_it_anyway():
     assert desk.plan().could_admit(newcomer, [low])
 
 
+def test_a_prompt_that_must_be_computed_whole_is_promised_room_for_all_of_it():
+    desk = Desk(num_blocks=6)
+    desk.admit(desk.ask("a", range(13)))
+    params = SamplingParams(max_tokens=4, prompt_logprobs=1)
+    planner = desk.plan()
+    assert planner.could_admit(desk.ask("plain", range(13)), []), "one block is free, and it lacks but one"
+    assert not planner.could_admit(desk.ask("whole", range(13), params=params), [])
+
+
 def test_one_that_returns_from_the_host_is_promised_room_for_its_next_token_too():
     desk = Desk(num_blocks=6, num_host_blocks=3, mode="swap", cached=False)
     request = desk.ask("a", range(9))
