@@ -254,7 +254,7 @@ def test_every_kind_of_new_plugin_works_and_passes_its_own_tests(tmp_path, site)
     arguments = ["-q", "-p", "no:cacheprovider", "--import-mode=importlib", *folders]
     done = site.run(f"import sys, pytest; sys.exit(pytest.main({arguments!r}))", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "72 passed, 1 skipped" in done.stdout
+    assert "73 passed, 1 skipped" in done.stdout
     assert "warning" not in done.stdout
 
 
