@@ -153,7 +153,6 @@ REFUSED_EARLY = {
     "bloom": (transformers.BloomConfig, "BloomForCausalLM", "AttentionInterface"),
     "mpt": (transformers.MptConfig, "MptForCausalLM", "AttentionInterface"),
     "falcon": (transformers.FalconConfig, "FalconForCausalLM", "AttentionInterface"),
-    "gpt-j": (transformers.GPTJConfig, "GPTJForCausalLM", "AttentionInterface"),
     "llama4": (transformers.Llama4TextConfig, "Llama4ForCausalLM", "chunked_attention"),
     "lfm2": (
         lambda: transformers.Lfm2Config(layer_types=["conv", "full_attention"], num_hidden_layers=2),
