@@ -92,6 +92,25 @@ class BlockPool:
             self._references[block] = 1
         return blocks
 
+    def mirror(self, tables: Sequence[list[int]]) -> tuple[list[list[int]], list[tuple[int, int]]]:
+        """Take a block for every block of another pool's tables; what those share, the new tables share.
+
+        Returns:
+            The new tables, and (other pool's block, own block) pairs to copy.
+
+        Raises:
+            OutOfBlocksError: fewer are available; nothing has changed.
+        """
+        distinct = list(dict.fromkeys(block for table in tables for block in table))
+        place = dict(zip(distinct, self.allocate(len(distinct)), strict=True))
+        mirrored = [[place[block] for block in table] for table in tables]
+        # Allocated with one reference each: the holders after the first share them.
+        seen: set[int] = set()
+        for table in mirrored:
+            self.share([block for block in table if block in seen])
+            seen.update(table)
+        return mirrored, list(place.items())
+
     def share(self, blocks: Sequence[int]) -> None:
         """Add one reference to each block, whether referenced or cached.
 

@@ -133,12 +133,14 @@ class KVCacheManager:
         if self.index is None or table is None:
             return
         full = min(num_computed_tokens, table.num_tokens, sequence.num_tokens) // self.block_size
+        if full <= sequence.num_indexed_blocks:
+            return  # most steps fill no block, and a fork's list of tokens would be made for nothing
         size, tokens = self.block_size, sequence.data.token_ids
         digests = extend_digests(sequence, full, size)
         for place in range(sequence.num_indexed_blocks, full):
             content = tokens[place * size : (place + 1) * size]
             self.index.add(table.blocks[place], digests[place + 1], digests[place], content)
-        sequence.num_indexed_blocks = max(full, sequence.num_indexed_blocks)
+        sequence.num_indexed_blocks = full
 
     def reset_prefix_cache(self) -> None:
         """Forget what every block holds. Sequences keep the blocks that they have."""
@@ -215,21 +217,17 @@ class KVCacheManager:
         Returns:
             (host block, device block) pairs to copy; None if the device has no room, and then nothing has changed.
         """
-        distinct = list(dict.fromkeys(block for sequence in sequences for block in sequence.host_blocks))
-        if self.swap is None or len(distinct) + spare > self.pool.num_available:
+        lying = {block for sequence in sequences for block in sequence.host_blocks}
+        if self.swap is None or len(lying) + spare > self.pool.num_available:
             return None
-        place = dict(zip(distinct, self.pool.allocate(len(distinct)), strict=True))
-        seen: set[int] = set()
-        for sequence in sequences:
-            if sequence.host_blocks:
-                blocks = [place[block] for block in sequence.host_blocks]
-                self.pool.share([block for block in blocks if block in seen])
-                seen.update(blocks)
+        tables, pairs = self.pool.mirror([sequence.host_blocks for sequence in sequences])
+        for sequence, blocks in zip(sequences, tables, strict=True):
+            if blocks:
                 table = self._table(sequence)
                 table.blocks, table.num_tokens = blocks, sequence.num_computed_tokens
                 self.swap.read(sequence.host_blocks)
                 sequence.host_blocks = []
-        return list(place.items())
+        return pairs
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
         """Check all books against all sequences that exist, and what the index says of their blocks.

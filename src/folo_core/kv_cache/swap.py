@@ -39,13 +39,7 @@ class SwapSpace:
         Raises:
             OutOfBlocksError: there is no room; nothing has changed.
         """
-        distinct = list(dict.fromkeys(block for table in tables for block in table))
-        place = dict(zip(distinct, self.pool.allocate(len(distinct)), strict=True))
-        seen: set[int] = set()
-        for table in tables:
-            self.pool.share([place[block] for block in table if block in seen])
-            seen.update(table)
-        return [[place[block] for block in table] for table in tables], list(place.items())
+        return self.pool.mirror(tables)
 
     def drop(self, blocks: Table) -> None:
         """Give up a host table that nobody will read any more."""
