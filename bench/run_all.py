@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-NO_BENCHMARKS = {"mutants", "run_all", "timing"}
+NO_BENCHMARKS = {"mutants", "run_all", "stages", "timing"}
 
 
 def main(names: list[str]) -> int:

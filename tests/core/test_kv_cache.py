@@ -110,6 +110,33 @@ def _sequence(manager: KVCacheManager, tokens: int, seq_id: int = 0) -> Sequence
     return sequence
 
 
+def test_one_token_goes_into_the_last_block_if_it_has_room_and_is_nobody_elses() -> None:
+    pool = BlockPool(6)
+    table = BlockTable(pool, 2)
+    assert not table.append_in_place(), "no block yet"
+    table.append_tokens(1)
+    child = table.fork()
+    assert not table.append_in_place(), "shared"
+    child.release()
+    assert table.append_in_place()
+    assert (table.num_tokens, table.blocks) == (2, [1])
+    assert not table.append_in_place(), "full"
+    assert (table.num_tokens, table.blocks) == (2, [1])
+
+
+def test_what_was_known_of_a_block_that_is_written_in_place_is_forgotten() -> None:
+    kv = KVCacheManager(6, 2, enable_prefix_caching=True)
+    sequence = Sequence(seq_id=0, index=0, data=SequenceData((1, 2, 3)))
+    assert kv.extend([sequence], [2]) is not None
+    kv.commit(sequence, 2)
+    table = sequence.block_table
+    assert table is not None
+    assert table.blocks[0] in kv.index
+    kv.truncate(sequence, 1)
+    assert table.append_in_place()
+    assert table.blocks[0] not in kv.index
+
+
 def test_a_group_is_extended_whole_or_not_at_all() -> None:
     manager = KVCacheManager(num_blocks=4, block_size=4)
     one, two = _sequence(manager, 4, 0), _sequence(manager, 4, 1)

@@ -86,6 +86,38 @@ def test_bytes_that_never_make_a_character_are_shown_in_the_end() -> None:
     assert pieces[MOST_PENDING - 1] != ""
 
 
+@given(tokens=st.lists(st.integers(0, 256), max_size=60), looks=st.sets(st.integers(0, 59)), data=st.data())
+def test_tokens_that_are_only_pushed_make_the_same_text_whenever_it_is_asked_for(
+    tokens: list[int], looks: set[int], data: st.DataObject
+) -> None:
+    tokens = data.draw(st.sampled_from([tokens, list("Grüße, 😀 wörld! ".encode() * 3)]))
+    tokenizer = data.draw(st.sampled_from([ByteTokenizer(), SpaceDroppingTokenizer()]))
+    pieces, _ = stream(tokenizer, list(b"Hello"), tokens)
+    lazy = Detokenizer(tokenizer, list(b"Hello"), skip_special_tokens=True)
+    for place, token in enumerate(tokens):
+        lazy.push(token)
+        if place in looks:
+            assert "".join(pieces[: place + 1]) == lazy.text
+    lazy.flush()
+    assert "".join(pieces) == lazy.text
+
+
+def test_text_that_is_wanted_at_the_end_is_decoded_at_the_end() -> None:
+    tokenizer = ByteTokenizer()
+    lazy = Detokenizer(tokenizer, [65], skip_special_tokens=True)
+    for token in b"x" * 3000:
+        lazy.push(token)
+    assert tokenizer.calls == 0
+    assert lazy.text == "x" * 3000
+    assert tokenizer.calls == 2, "the context, and the context with all that was pushed"
+
+
+def test_a_streamed_token_takes_little_more_than_one_decoding() -> None:
+    tokenizer = ByteTokenizer()
+    stream(tokenizer, [65], list(b"x" * 1600))
+    assert tokenizer.calls <= 1600 * 1.2
+
+
 def test_detokenising_takes_linear_work() -> None:
     tokenizer = ByteTokenizer()
     stream(tokenizer, [65], list(b"x" * 3000) + [256] * 500 + [0x80] * 500)

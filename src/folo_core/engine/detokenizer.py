@@ -1,8 +1,8 @@
 """Token ids to text, token by token, in linear time, and stop strings on the way.
 
 A token's text can depend on its neighbours: a character may need several tokens, and some tokenizers drop a
-leading space at the start of a text. So each step decodes a short window twice, with and without the new tokens,
-and takes the difference. Streamed pieces join to the final text by construction.
+leading space at the start of a text. So a short window is decoded with and without the new tokens, and the
+difference is what they add. Streamed pieces join to the final text by construction.
 """
 
 from __future__ import annotations
@@ -19,61 +19,93 @@ PROMPT_CONTEXT = 6
 """Prompt tokens before the first output token that give the window its left context."""
 MOST_PENDING = 8
 """Tokens held back for an unfinished character. UTF-8 needs at most 4; beyond, the bytes are no character."""
+WINDOW = 16
+"""Tokens of a window that begins anew with what was shown last: until then one decoding serves as two."""
 MOST_CONTEXT = 64
 """Tokens of left context kept while nothing visible is decoded (a run of special tokens)."""
 
 
 class Detokenizer:
-    """One sequence's text so far.
+    """One sequence's text so far. Tokens that are only pushed are decoded, all at once, when the text is asked for."""
 
-    ``text`` is final, except that ``sendable`` of it may be streamed while a stop string could still begin
-    in the rest.
-    """
-
-    __slots__ = ("_ids", "_prefix", "_read", "_skip_special", "_tokenizer", "text")
+    __slots__ = ("_ids", "_known", "_pushed", "_read", "_skip_special", "_text", "_tokenizer")
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special_tokens
         self._ids = list(prompt_token_ids[-PROMPT_CONTEXT:])
-        self._prefix = 0
+        """The window: left context, and from ``_read`` on what is held back for an unfinished character."""
         self._read = len(self._ids)
-        self.text = ""
+        self._known: str | None = None
+        """What the window decodes to up to ``_read``; None until that is needed."""
+        self._pushed: list[int] = []
+        self._text = ""
 
     def fork(self) -> Self:
         """Return an independent copy."""
         child = object.__new__(type(self))
         child._tokenizer, child._skip_special = self._tokenizer, self._skip_special
-        child._ids, child._prefix, child._read = self._ids.copy(), self._prefix, self._read
-        child.text = self.text
+        child._ids, child._read, child._known = self._ids.copy(), self._read, self._known
+        child._pushed, child._text = self._pushed.copy(), self._text
         return child
+
+    @property
+    def text(self) -> str:
+        """What is certain of the text."""
+        self._decode_pushed()
+        return self._text
+
+    def cut_text(self, length: int) -> None:
+        """Keep the first ``length`` characters."""
+        self._text = self.text[:length]
+
+    def push(self, token_id: int) -> None:
+        """Add a token; it is decoded when somebody asks for the text."""
+        self._pushed.append(token_id)
 
     def append(self, token_id: int) -> str:
         """Add a token and return the text that became certain with it, perhaps none."""
-        self._ids.append(token_id)
-        before = self._decode(self._ids[self._prefix : self._read])
-        after = self._decode(self._ids[self._prefix :])
-        pending = len(self._ids) - self._read
-        if after.endswith(REPLACEMENT) and pending < MOST_PENDING:
-            return ""
-        return self._emit(before, after)
+        self._decode_pushed()
+        return self._append(token_id)
 
     def flush(self) -> str:
         """Return what was held back for a character that will not be finished now."""
-        if self._read == len(self._ids):
+        self._decode_pushed()
+        return "" if self._read == len(self._ids) else self._emit(self._before(), self._decode(self._ids))
+
+    def _append(self, token_id: int) -> str:
+        before = self._before()
+        self._ids.append(token_id)
+        after = self._decode(self._ids)
+        if after.endswith(REPLACEMENT) and len(self._ids) - self._read < MOST_PENDING:
             return ""
-        return self._emit(self._decode(self._ids[self._prefix : self._read]), self._decode(self._ids[self._prefix :]))
+        return self._emit(before, after)
+
+    def _decode_pushed(self) -> None:
+        """Decode what was pushed; one by one if a character in it is broken: the steps decide how that is shown."""
+        pushed, self._pushed = self._pushed, []
+        if len(pushed) > 1 and self._read == len(self._ids):
+            before, after = self._before(), self._decode(self._ids + pushed)
+            if after.startswith(before) and REPLACEMENT not in after[len(before) :]:
+                self._ids += pushed
+                self._emit(before, after)
+                return
+        for token_id in pushed:
+            self._append(token_id)
+
+    def _before(self) -> str:
+        if self._known is None:
+            self._known = self._decode(self._ids[: self._read])
+        return self._known
 
     def _emit(self, before: str, after: str) -> str:
-        piece = after[len(before) :]
-        if piece or len(self._ids) - self._prefix > MOST_CONTEXT:
-            self._prefix = self._read
-        self._read = len(self._ids)
-        if self._prefix:
-            del self._ids[: self._prefix]
-            self._read -= self._prefix
-            self._prefix = 0
-        self.text += piece
+        """Take the whole window's text ``after``, of which ``before`` was certain, for certain."""
+        piece, begin = after[len(before) :], self._read
+        self._text += piece
+        self._known, self._read = after, len(self._ids)
+        if self._read > (WINDOW if piece else MOST_CONTEXT) or REPLACEMENT in piece:
+            del self._ids[:begin]
+            self._known, self._read = None, len(self._ids)
         return piece
 
     def _decode(self, ids: list[int]) -> str:

@@ -379,8 +379,9 @@ class Engine:
                 found = [self.outputs.decode_candidates(c) for c in candidates]
                 request.prompt_logprobs.extend(found if request.prompt_logprobs else [None, *found])
         now = time.monotonic()
-        known = [sample for sample in result.samples if self._concerns(flight, sample.request_id)]
-        outputs += [self._apply(self.requests[sample.request_id], sample, now) for sample in known]
+        requests, dropped = self.requests, flight.dropped
+        known = [s for s in result.samples if s.request_id in requests and s.request_id not in dropped]
+        outputs += [self._apply(requests[sample.request_id], sample, now) for sample in known]
         self._learn_costs(flight.scheduled, result, time.perf_counter() - started)
         self.reporter.on_step(flight.scheduled, result, started)
         return [output for output in outputs if output is not None]
@@ -396,6 +397,8 @@ class Engine:
 
     def _apply(self, request: Request, sample: RequestSample, now: float) -> RequestOutput | None:
         """Give a request's sequences their new tokens, end those that are done, and report."""
+        if sample.is_plain and not self.reporter.follows_branches and not request.live[0].draft_token_ids:
+            return self._apply_token(request, request.live[0], sample.tokens[0][0], now)
         before = request.live.copy()
         rows = self._reparent(request, sample)
         lengths = [len(sequence.data.output_token_ids) for sequence in rows] if self.reporter.follows_branches else []
@@ -420,6 +423,17 @@ class Engine:
         if len(request.live) > request.width:
             return self._end_early(request, SequenceStatus.FINISHED_ERROR, self._too_wide(request))
         return self.outputs.output(request, rows, finished=False)
+
+    def _apply_token(self, request: Request, sequence: Sequence, token: int, now: float) -> RequestOutput | None:
+        """Do what ``_apply`` does where a request's one sequence gets one token, and there is nothing else to it."""
+        request.metrics.record_tokens(now, 1)
+        if self._serves is not None:
+            self._serves.on_tokens(request, 1)
+        status = self.outputs.append_token(request, sequence, token)
+        if status is not None:
+            self._close(request, sequence, status)
+            return self._finish(request)
+        return self.outputs.output(request, [sequence], finished=False)
 
     def _too_wide(self, request: Request) -> FoloError:
         message = (

@@ -33,7 +33,7 @@ class OutputProcessor:
                 self.tokenizer, request.prompt_token_ids, skip_special_tokens=request.params.skip_special_tokens
             )
             for token in sequence.data.output_token_ids:
-                sequence.detokenizer.append(token)
+                sequence.detokenizer.push(token)
 
     def append(self, request: Request, sequence: Sequence, sample: RequestSample, row: int) -> SequenceStatus | None:
         """Append a row's new tokens up to the first that ends the sequence.
@@ -48,16 +48,22 @@ class OutputProcessor:
             if found is not None and sequence.logprobs is not None:
                 sequence.logprobs.append(self.decode_candidates(found))
             logprob = found[1][0] if found is not None else stated[position] if position < len(stated) else None
-            sequence.add_token_id(token, logprob)
-            status = self._check(request, sequence, token)
+            status = self.append_token(request, sequence, token, logprob)
             if status is not None:
                 return status
         return None
 
-    def _check(self, request: Request, sequence: Sequence, token: int) -> SequenceStatus | None:
-        """Decide whether this newest token ends the sequence, and move its text on."""
-        params = request.params
-        count = len(sequence.data.output_token_ids)
+    def append_token(
+        self, request: Request, sequence: Sequence, token: int, logprob: float | None = None
+    ) -> SequenceStatus | None:
+        """Append one token, decide whether it ends the sequence, and move its text on.
+
+        Returns:
+            As ``append``.
+        """
+        data, params = sequence.data, request.params
+        data.append(token, logprob)
+        count = len(data.output_token_ids)
         may_stop = count >= params.min_tokens
         stopped = False
         if may_stop and token in params.resolved_eos and not params.ignore_eos:
@@ -67,7 +73,7 @@ class OutputProcessor:
         self._extend_text(request, sequence, token, stopped=stopped, may_stop=may_stop)
         if stopped or isinstance(sequence.stop_reason, str):
             return SequenceStatus.FINISHED_STOPPED
-        if count >= (params.max_tokens or 0) or sequence.num_tokens >= self.max_model_len:
+        if count >= (params.max_tokens or 0) or data.num_tokens >= self.max_model_len:
             return self._cap(request, sequence, may_stop=may_stop)
         return None
 
@@ -85,11 +91,11 @@ class OutputProcessor:
         if detokenizer is None:
             return
         params = request.params
-        if stopped and not params.include_stop_str_in_output:
-            piece = detokenizer.flush()
-        else:
-            piece = detokenizer.append(token)
-            piece += detokenizer.flush() if stopped else ""
+        if not (stopped or params.stop):
+            detokenizer.push(token)
+            return
+        piece = "" if stopped and not params.include_stop_str_in_output else detokenizer.append(token)
+        piece += detokenizer.flush() if stopped else ""
         if may_stop and piece and params.stop:
             self._cut_at_stop(request, sequence, len(piece))
 
@@ -103,7 +109,7 @@ class OutputProcessor:
             return False
         begin, sequence.stop_reason = found
         keep = begin + len(found[1]) if params.include_stop_str_in_output else begin
-        detokenizer.text = detokenizer.text[:keep]
+        detokenizer.cut_text(keep)
         return True
 
     def decode_candidates(self, candidates: Candidates) -> TokenLogprobs:
@@ -123,8 +129,10 @@ class OutputProcessor:
     ) -> RequestOutput | None:
         """Return what the caller should see now, or None if it asked for the final output only."""
         kind = request.params.output_kind
+        if kind is RequestOutputKind.FINAL_ONLY and not finished:
+            return None
         delta = kind is RequestOutputKind.DELTA
-        if not finished and (kind is RequestOutputKind.FINAL_ONLY or (delta and not request.params.grows_in_place)):
+        if delta and not finished and not request.params.grows_in_place:
             return None
         return RequestOutput(
             request_id=request.request_id,

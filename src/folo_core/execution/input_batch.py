@@ -14,7 +14,6 @@ import torch
 from folo_core.attention.interface import AttentionMetadata
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from collections.abc import Sequence as SequenceOf
 
     from numpy.typing import NDArray
@@ -77,6 +76,10 @@ class InputBatch:
         }
         self.requests: list[Request | None] = [None] * capacity
         self.histories: list[list[int] | None] = [None] * capacity
+        self.keeps_history = np.zeros(capacity, dtype=np.bool_)
+        """Which slots have a list in ``histories``; likewise ``judges_prompt``: whose request asked for the log
+        probabilities of its prompt."""
+        self.judges_prompt = np.zeros(capacity, dtype=np.bool_)
         self._slots: dict[int, int] = {}
         self._free = list(range(capacity - 1, -1, -1))
         self._device_columns: dict[str, torch.Tensor] = {}
@@ -98,7 +101,7 @@ class InputBatch:
         self.num_tokens[slot] = count
         self.num_computed[slot] = new.num_computed
         self._write_params(slot, request, new.index, new.score, new.tag)
-        self.histories[slot] = new.token_ids if keep_history else None
+        self._keep_history(slot, new.token_ids if keep_history else None)
 
     def fork(self, fork: Fork, request: Request, *, keep_history: bool) -> None:
         """Give a fork a slot: its parent's row up to the fork, then its own tokens."""
@@ -111,14 +114,15 @@ class InputBatch:
         self.num_computed[slot] = fork.num_computed
         self.set_blocks(fork.child_id, 0, fork.blocks)
         self._write_params(slot, request, fork.index, fork.score, fork.tag)
-        self.histories[slot] = self.token_ids[slot, :total].tolist() if keep_history else None
+        self._keep_history(slot, self.token_ids[slot, :total].tolist() if keep_history else None)
 
     def remove(self, seq_id: int) -> None:
         """Free a sequence's slot; unknown ids are ignored, since a sequence may end before it ever ran."""
         slot = self._slots.pop(seq_id, None)
         if slot is None:
             return
-        self.requests[slot] = self.histories[slot] = None
+        self.requests[slot] = None
+        self._keep_history(slot, None)
         self._free.append(slot)
         self.version += 1
 
@@ -145,7 +149,8 @@ class InputBatch:
         for slot, count in zip(slots.tolist(), kept.tolist(), strict=True):
             if count:
                 start = self.num_tokens[slot]
-                self._extend_histories([slot], self.token_ids[slot : slot + 1, start : start + count])
+                own = self.token_ids[slot : slot + 1, start : start + count]
+                self._extend_histories(np.array([slot]), own)
         self.num_tokens[slots] += kept
 
     def set_drafts(self, slots: NDArray[np.int64], drafts: NDArray[np.int64]) -> None:
@@ -165,8 +170,15 @@ class InputBatch:
                 self.columns[name][slots] = values
                 self.version += 1
 
-    def _extend_histories(self, slots: Iterable[int] | NDArray[np.int64], tokens: NDArray[Any]) -> None:
-        for slot, row in zip(slots, tokens.tolist(), strict=True):
+    def _keep_history(self, slot: int, history: list[int] | None) -> None:
+        self.histories[slot] = history
+        self.keeps_history[slot] = history is not None
+
+    def _extend_histories(self, slots: NDArray[np.int64], tokens: NDArray[Any]) -> None:
+        kept = self.keeps_history[slots]
+        if not kept.any():
+            return
+        for slot, row in zip(slots[kept].tolist(), tokens[kept].tolist(), strict=True):
             history = self.histories[slot]
             if history is not None:
                 history.extend(token for token in row if token >= 0)
@@ -220,6 +232,7 @@ class InputBatch:
     def _write_params(self, slot: int, request: Request, index: int, score: float, tag: int) -> None:
         params = request.params
         self.requests[slot] = request
+        self.judges_prompt[slot] = params.prompt_logprobs is not None
         columns = self.columns
         columns["temperature"][slot] = params.temperature
         columns["top_k"][slot] = params.top_k if 0 < params.top_k < self.vocab_size else self.vocab_size

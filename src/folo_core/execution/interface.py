@@ -113,6 +113,9 @@ class RequestSample:
     """What to try next; -1 pads."""
     stated: list[list[float]] | None = None
     """Log probabilities of the new tokens, as the sampler states them."""
+    is_plain: bool = False
+    """That it is one token for the request's one sequence and nothing else, as nearly all are: a promise that spares
+    the engine looking. False promises nothing."""
 
 
 @runtime_checkable

@@ -75,19 +75,20 @@ class ModelRunner:
         if not scheduled.seq_ids:
             return result
         step = self.batch.pack(scheduled)
-        wanted, prompt_rows = self._logits_wanted(step)
+        rows = SampledRows.of(step)
+        wanted, prompt_rows = self._logits_wanted(step, rows)
         if self.backend.wants_device_metadata:
             step.metadata.to_device(self.model.device)
         step.metadata.plan = self.backend.plan(step.metadata)
         self.current = f"model {self.model.info.architecture!r}"
         index = torch.from_numpy(wanted).to(self.model.device)
         logits = self.model.forward(step.input_ids, step.positions, index, step.metadata)
-        num_sampled = int((step.drafted + 1)[step.sampling].sum())
+        num_sampled = len(rows)
         self.current = "sampling"
         if prompt_rows:
             self._prompt_logprobs(logits[num_sampled:].float(), step, prompt_rows, result)
         if num_sampled:
-            self.stage.run(logits[:num_sampled], SampledRows.of(step), result)
+            self.stage.run(logits[:num_sampled], rows, result)
         self.current = "engine"
         return result
 
@@ -128,18 +129,17 @@ class ModelRunner:
         if scheduled.copy_sources:
             self.backend.copy_blocks(scheduled.copy_sources, scheduled.copy_destinations)
 
-    def _logits_wanted(self, step: PackedStep) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
+    def _logits_wanted(self, step: PackedStep, rows: SampledRows) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
         """Return the packed tokens whose logits are wanted, and (row of the step, count) for prompt logprobs.
 
         Sampled rows come first. A prompt position's logits judge the next prompt token, so the last position
         is no one's to judge.
         """
         ends = step.metadata.query_start[1:].astype(np.int64)
-        rows = SampledRows.of(step)
         wanted = [np.repeat(ends[step.sampling], step.drafted[step.sampling] + 1) - 1 - rows.drafted + rows.offsets]
         prompt_rows = []
-        for row, slot in enumerate(step.slots.tolist()):
-            request = self.batch.requests[slot]
+        for row in np.flatnonzero(self.batch.judges_prompt[step.slots]).tolist():
+            request = self.batch.requests[int(step.slots[row])]
             if request is None or not request.wants_prompt_logprobs:
                 continue
             start = int(step.starts[row])

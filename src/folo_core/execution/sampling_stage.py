@@ -151,15 +151,15 @@ class SamplingStage:
             bool ``[rows]``: the rows that are offered to samplers.
         """
         usable = np.ones(len(sampled), dtype=np.bool_)
-        peaks = logits.amax(-1)
-        good = torch.isfinite(peaks)
-        if bool(good.all()):
+        peaks = _row_maxima(logits)
+        good = np.isfinite(peaks)
+        if good.all():
             return usable
-        for row in (~good).nonzero().flatten().tolist():
+        for row in np.flatnonzero(~good).tolist():
             if not usable[row]:
                 continue
             request = self._request(int(sampled.slots[row]))
-            peak = peaks[row].item()
+            peak = float(peaks[row])
             offset, drafted = int(sampled.offsets[row]), int(sampled.drafted[row])
             if peak == -np.inf and offset:
                 usable[row : row - offset + drafted + 1] = False
@@ -212,6 +212,9 @@ class SamplingStage:
     def _split(self, host: _HostOutput, rows: SampledRows, raw: list[torch.Tensor | None]) -> list[RequestSample]:
         """Cut the output into one sample per request, with parents counted in sequences from the request's first."""
         request_ids = host.metadata.request_ids
+        if host.is_plain and not raw:
+            plain = zip(request_ids, host.tokens.tolist(), strict=True)
+            return [RequestSample(request_id, [0], [row], [0], is_plain=True) for request_id, row in plain]
         kept = self._kept_drafts(host, rows)
         tokens = [
             mine + [token for token in row if token >= 0] for mine, row in zip(kept, host.tokens.tolist(), strict=True)
@@ -366,6 +369,20 @@ class _HostOutput:
     drafts: NDArray[np.int64] | None
     identity: bool
     metadata: SamplingMetadata
+    lists: dict[str, list[Any]] = attrs.field(init=False)
+    """The optional columns that the sampler gave, as Python lists."""
+
+    @lists.default
+    def _to_lists(self) -> dict[str, list[Any]]:
+        given = {name: getattr(self, name) for name in _OPTIONAL}
+        return {name: column.tolist() for name, column in given.items() if column is not None}
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the step gave every request one token for its one row, and nothing else: as nearly all steps do."""
+        if not self.identity or self.lists or self.tokens.shape[1] != 1 or self.tokens.min() < 0:
+            return False
+        return len(set(self.metadata.request_ids)) == len(self.tokens)
 
     @classmethod
     def check(cls, output: SamplerOutput, metadata: SamplingMetadata, vocab_size: int) -> _HostOutput:
@@ -397,11 +414,16 @@ class _HostOutput:
 
     def columns(self, children: list[int]) -> dict[str, Any]:
         """Return what a sample keeps of the optional columns, for these rows."""
-        given = {name: getattr(self, name) for name in _OPTIONAL if name != "logprobs"}
-        found = {name: None if column is None else column[children].tolist() for name, column in given.items()}
-        if self.logprobs is not None:
-            found["stated"] = self.logprobs[children].tolist()
+        found = {name: [column[child] for child in children] for name, column in self.lists.items()}
+        if "logprobs" in found:
+            found["stated"] = found.pop("logprobs")
         return found
+
+
+def _row_maxima(logits: torch.Tensor) -> NDArray[np.float32]:
+    """Return each row's largest entry, NaN if it holds one. On the CPU without torch's threads, which cost more."""
+    maxima: NDArray[np.float32] = logits.numpy().max(1) if logits.device.type == "cpu" else logits.amax(1).cpu().numpy()
+    return maxima
 
 
 def _take(logits: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:

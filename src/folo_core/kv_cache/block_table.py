@@ -61,6 +61,22 @@ class BlockTable:
         self.num_tokens += count
         return copy
 
+    def append_in_place(self) -> bool:
+        """Make room for one more token in the last block, as ``append_tokens(1)`` would.
+
+        Returns:
+            False if that takes a block, and then nothing has changed: the last one is full, or others hold it, too.
+        """
+        if self.num_tokens % self.block_size == 0:
+            return False
+        tail, pool = self.blocks[-1], self.pool
+        if pool.references(tail) > 1:
+            return False
+        if pool.index is not None:
+            pool.forget(tail)
+        self.num_tokens += 1
+        return True
+
     def truncate(self, num_tokens: int) -> None:
         """Forget every token past ``num_tokens``, and return the blocks that no longer hold any."""
         keep = blocks_for(num_tokens, self.block_size)

@@ -48,7 +48,10 @@ class StepPlanner:
             False if memory is short, and then nothing has changed: preempt somebody and ask again.
             True otherwise, also when no token budget is left and the request sits this step out.
         """
-        if any(sequence.block_table is None for sequence in request.live):
+        live = request.live
+        if len(live) == 1 and self._take_one(request, live[0]):
+            return True
+        if any(sequence.block_table is None for sequence in live):
             return self._gather(request)
         return self._advance(request)
 
@@ -216,6 +219,21 @@ class StepPlanner:
         stats.num_queried_tokens += num_tokens
         stats.num_hit_tokens += num_found
 
+    def _take_one(self, request: Request, sequence: Sequence) -> bool:
+        """Schedule the next token of a sequence alone whose last block has room for it: nearly every row of a step.
+
+        Returns:
+            False for every other case, and then nothing has changed: ``_advance`` knows them all.
+        """
+        table, computed = sequence.block_table, sequence.num_computed_tokens + 1
+        if table is None or sequence.draft_token_ids or self.tokens_left < 1:
+            return False
+        if computed != sequence.data.num_tokens or not table.append_in_place():
+            return False
+        self._note_row(sequence, 1, computed)
+        self._note_request(request, 1)
+        return True
+
     def _advance(self, request: Request) -> bool:
         """Schedule the next tokens of a group that is in memory, with its drafts if there is room for them."""
         live = request.live
@@ -299,29 +317,36 @@ class StepPlanner:
                 output.copy_sources.append(copy[0])
                 output.copy_destinations.append(copy[1])
                 known -= 1  # noqa: PLW2901 (the replaced tail entry changed too)
-            self._write_row(sequence, count, known)
-        self.tokens_left -= sum(counts)
-        output.scheduled.append(request)
-        output.tokens_of_scheduled.append(sum(counts))
-        self._scheduled.add(request.request_id)
+            table = sequence.block_table
+            assert table is not None  # noqa: S101 (KVCacheManager.extend has just made it)
+            if len(table.blocks) > known:
+                output.new_blocks[sequence.seq_id] = (known, table.blocks[known:])
+            if count:
+                self._note_row(sequence, count, sequence.num_tokens)
+        self._note_request(request, sum(counts))
         return True
 
-    def _write_row(self, sequence: Sequence, count: int, known_blocks: int) -> None:
-        """Append one row and advance the sequence's progress, ahead of the device."""
-        table = sequence.block_table
-        assert table is not None  # noqa: S101 (KVCacheManager.extend has just made it)
-        if len(table.blocks) > known_blocks:
-            self.output.new_blocks[sequence.seq_id] = (known_blocks, table.blocks[known_blocks:])
-        if count == 0:
-            return
-        size, before = self.state.kv.block_size, sequence.num_computed_tokens
-        sequence.num_computed_tokens += count
-        self._underway.update(sequence.block_digests[before // size + 1 : sequence.num_computed_tokens // size + 1])
-        self.output.seq_ids.append(sequence.seq_id)
-        self.output.num_new_tokens.append(count)
-        num_drafts = sequence.num_computed_tokens - sequence.num_tokens
-        self.output.samples.append(num_drafts >= 0)
-        del sequence.draft_token_ids[max(0, num_drafts) :]
+    def _note_request(self, request: Request, count: int) -> None:
+        """Write into the step that a request runs ``count`` tokens."""
+        self.tokens_left -= count
+        self.output.scheduled.append(request)
+        self.output.tokens_of_scheduled.append(count)
+        self._scheduled.add(request.request_id)
+
+    def _note_row(self, sequence: Sequence, count: int, num_tokens: int) -> None:
+        """Append one row of a sequence of ``num_tokens`` tokens and advance its progress, ahead of the device."""
+        output, before = self.output, sequence.num_computed_tokens
+        computed = sequence.num_computed_tokens = before + count
+        digests = sequence.block_digests
+        if len(digests) > 1:
+            size = self.state.kv.block_size
+            self._underway.update(digests[before // size + 1 : computed // size + 1])
+        output.seq_ids.append(sequence.seq_id)
+        output.num_new_tokens.append(count)
+        num_drafts = computed - num_tokens
+        output.samples.append(num_drafts >= 0)
+        if sequence.draft_token_ids:
+            del sequence.draft_token_ids[max(0, num_drafts) :]
 
 
 def _target(request: Request) -> int:

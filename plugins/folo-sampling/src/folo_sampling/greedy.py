@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from folo_core.sampling.metadata import SamplingMetadata
     from folo_core.sequence import Sequence
 
-_BLOCK = 128
-
 
 class GreedySampler:
     """Takes each row's largest logit; of equal ones the lowest token id. Keeps no state."""
@@ -38,20 +36,11 @@ class GreedySampler:
 def lowest_argmax(logits: torch.Tensor) -> torch.Tensor:
     """Return the index of the largest entry of each row, int64 ``[rows]``, the lowest where several are equal.
 
-    PyTorch's argmax does so, but on the CPU it is not vectorised and a maximum is. There the argmax is taken in two
-    small ones: over the maxima of blocks, then inside the first block that has the largest.
+    PyTorch's argmax does so, but on the CPU it is not vectorised, and numpy's is.
 
     Args:
-        logits: float ``[rows, vocab]`` with ``vocab >= 1``.
+        logits: float ``[rows, vocab]`` with ``vocab >= 1``; float32 or float64 on the CPU.
     """
     if logits.device.type != "cpu":
         return logits.argmax(1)
-    vocab_size = logits.shape[1]
-    whole = vocab_size // _BLOCK * _BLOCK
-    maxima = logits[:, :whole].view(len(logits), whole // _BLOCK, _BLOCK).amax(2)
-    if whole < vocab_size:
-        maxima = torch.cat((maxima, logits[:, whole:].amax(1, keepdim=True)), 1)
-    start = maxima.argmax(1, keepdim=True) * _BLOCK
-    # Indices past the end repeat the last token. It stands before its repetitions, so it wins the tie.
-    inside = (start + torch.arange(_BLOCK, device=logits.device)).clamp_(max=vocab_size - 1)
-    return (start + logits.gather(1, inside).argmax(1, keepdim=True)).squeeze(1)
+    return torch.from_numpy(logits.numpy().argmax(1))

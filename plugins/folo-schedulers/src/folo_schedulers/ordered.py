@@ -25,23 +25,23 @@ class FCFSScheduler:
     def schedule(self, state: SchedulerState, budget: StepBudget) -> SchedulerOutput:
         """Extend what runs, first in order first; then admit from the queue while nobody had to yield."""
         planner = StepPlanner(state, budget, self.order)
-        position = 0
-        while position < len(state.running):
-            request = state.running[position]
-            if self._make_way(planner, request):
+        position, running, extend = 0, state.running, planner.extend
+        while position < len(running):
+            request = running[position]
+            if state.waiting and self._make_way(planner, request):
                 position += 1  # another was admitted before it
-            elif position < len(state.running) and state.running[position] is request:
-                if planner.extend(request):
+            elif position < len(running) and running[position] is request:
+                if extend(request):
                     position += 1
                 else:
-                    planner.preempt(state.running[-1])
+                    planner.preempt(running[-1])
         if not planner.output.preempted:
             while state.waiting and planner.admit(state.waiting.peek()):
                 pass
         return planner.output
 
     def _make_way(self, planner: StepPlanner, running: Request) -> bool:
-        """Admit a request that comes before ``running``, perhaps in its place; here nobody yields to a newcomer."""
+        """Admit one that waits and comes before ``running``, perhaps in its place; here nobody yields to a newcomer."""
         return False
 
 
@@ -55,7 +55,7 @@ class PriorityScheduler(FCFSScheduler):
     def _make_way(self, planner: StepPlanner, running: Request) -> bool:
         """Admit the first in line before ``running`` if it outranks it, at the cost of those that it outranks."""
         state = planner.state
-        if not state.waiting or not _outranks(following := state.waiting.peek(), running):
+        if not _outranks(following := state.waiting.peek(), running):
             return False
         if planner.admit(following):
             return True
