@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from folo_attention.fixed import FixedOrderBackend
+    from folo_attention.native import NativeBackend
     from folo_attention.sdpa import SdpaBackend
     from folo_core.config import EngineConfig
 
@@ -29,6 +30,22 @@ def _sdpa_supports(device: str, dtype: str) -> str | None:
     return None
 
 
+def _build_native(config: EngineConfig) -> NativeBackend:  # noqa: ARG001 (the backend has no options)
+    from folo_attention.native import NativeBackend
+
+    return NativeBackend()
+
+
+def _native_supports(device: str, dtype: str) -> str | None:
+    if device != "cpu":
+        return f"native runs on cpu, not on {device}"
+    if dtype != "float32":
+        return f"native needs keys and values in float32, not {dtype}"
+    from folo_kernels.library import why_not
+
+    return why_not()
+
+
 def _build_fixed(config: EngineConfig) -> FixedOrderBackend:  # noqa: ARG001 (the backend has no options)
     from folo_attention.fixed import FixedOrderBackend
 
@@ -45,7 +62,7 @@ def _fixed_supports(device: str, dtype: str) -> str | None:
 
 @hookimpl
 def folo_attention_backends() -> Sequence[AttentionBackendSpec]:
-    """Offer ``sdpa``, paged attention with PyTorch's own operators, and ``fixed-order``, the same bits in any batch."""
+    """Offer ``sdpa`` (PyTorch's own operators), ``native`` (Folo's CPU kernels) and ``fixed-order`` (invariant bits)."""
     return [
         AttentionBackendSpec(
             name="sdpa",
@@ -53,6 +70,14 @@ def folo_attention_backends() -> Sequence[AttentionBackendSpec]:
             factory=_build_sdpa,
             supports=_sdpa_supports,
             priority=0,
+            capabilities=frozenset({"gqa", "sliding_window", "softcap"}),
+        ),
+        AttentionBackendSpec(
+            name="native",
+            help="paged attention with Folo's own kernels, which read blocks where they lie, on CPU in float32",
+            factory=_build_native,
+            supports=_native_supports,
+            priority=10,
             capabilities=frozenset({"gqa", "sliding_window", "softcap"}),
         ),
         AttentionBackendSpec(

@@ -14,10 +14,12 @@ from transformers import AutoModelForCausalLM
 from folo_core.errors import ConfigError, ModelLoadError
 from folo_core.execution.interface import ModelInfo
 from folo_hf.attention import AttentionBridge
+from folo_hf.decoder import native_decoder
 from folo_hf.device import TorchProbe, resolve_device, resolve_dtype
 from folo_hf.gguf import converted
 from folo_hf.invariance import STEADY_PASSES, settle
 from folo_hf.model import HfLoadedModel
+from folo_hf.native import NativeLinears
 from folo_hf.passes import PASSES, run_passes
 from folo_hf.peer import TransformersPeer
 from folo_hf.positions import position_limit, settle_rope
@@ -102,8 +104,10 @@ class HfLoader:
                 fit_vocabulary(module, len(tokenizer))
             settle_rope(module, self._config.max_model_len)
             num_parameters = module.num_parameters()
-            run_passes(module, device, getattr(torch, dtype), PASSES + STEADY_PASSES * self._deterministic)
+            passes = PASSES + STEADY_PASSES if self._deterministic else (NativeLinears(), *PASSES)
+            done = run_passes(module, device, getattr(torch, dtype), passes)
             shape = probe(module, bridge)
+            decoder = native_decoder(module, bridge, shape) if NativeLinears.name in done else None
             guard = settle(module, bridge) if self._deterministic else contextlib.nullcontext
         except BaseException:
             bridge.release()
@@ -120,7 +124,7 @@ class HfLoader:
             num_parameters=num_parameters,
             batch_invariant=self._deterministic,
         )
-        return HfLoadedModel(module, bridge, shape, info, guard)
+        return HfLoadedModel(module, bridge, shape, info, guard, decoder)
 
     def open_peer(self, name: str) -> TransformersPeer:
         """The same weights under transformers' own ``generate`` (see ``PeerOpener``)."""

@@ -7,6 +7,7 @@ import inspect
 from typing import TYPE_CHECKING
 
 import torch
+from folo_kernels.store import BlockStore, PackedStep
 
 from folo_hf.attention import PagedTarget
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from folo_core.attention.interface import AttentionBackend, AttentionMetadata
     from folo_core.execution.interface import ModelInfo
     from folo_hf.attention import AttentionBridge
+    from folo_hf.decoder import NativeDecoder
     from folo_hf.invariance import Guard
     from folo_hf.probe import ModelShape
 
@@ -30,6 +32,7 @@ class HfLoadedModel:
         shape: ModelShape,
         info: ModelInfo,
         guard: Guard = contextlib.nullcontext,
+        decoder: NativeDecoder | None = None,
     ) -> None:
         self.module = module
         self.info = info
@@ -38,6 +41,7 @@ class HfLoadedModel:
         self._bridge = bridge
         self._layers = shape.layers
         self._guard = guard
+        self._decoder = decoder
         self._target: PagedTarget | None = None
         self._chooses_rows = "logits_to_keep" in inspect.signature(module.forward).parameters
         bridge.release_with(self)
@@ -45,6 +49,13 @@ class HfLoadedModel:
     def bind(self, backend: AttentionBackend) -> None:
         """Attach the backend that every attention layer calls from now on."""
         self._target = self._bridge.target = PagedTarget(backend, self._layers)
+        if self._decoder is not None:
+            store = getattr(backend, "store", None)
+            self._decoder.bind(store if isinstance(store, BlockStore) else None)
+
+    def stage_seconds(self) -> dict[str, float]:
+        """Seconds spent in each kind of work of native layers; empty where layers run through torch."""
+        return {} if self._decoder is None else self._decoder.stage_seconds()
 
     @torch.no_grad()
     def forward(
@@ -59,6 +70,8 @@ class HfLoadedModel:
             raise RuntimeError("bind() an attention backend before forward()")
         rows = {"logits_to_keep": logits_indices} if self._chooses_rows else {}
         self._target.metadata = metadata
+        if self._decoder is not None and isinstance(metadata.plan, PackedStep):
+            self._decoder.step = metadata.plan
         try:
             with self._guard():
                 output = self.module(

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linears of one module that are applied to the same input one after another."""
@@ -53,11 +53,11 @@ class PackLinears:
         replaced = 0
         for parent in list(model.modules()):
             for names in FUSED:
-                replaced += _fuse(parent, names)
+                replaced += fuse(parent, names, PackedProduct)
             for name, child in list(parent.named_children()):
-                plain = _plain(child)
-                if plain is not None:
-                    setattr(parent, name, PackedLinear(*plain))
+                found = plain(child)
+                if found is not None:
+                    setattr(parent, name, PackedLinear(*found))
                     replaced += 1
         return replaced
 
@@ -84,39 +84,55 @@ class PackedLinear(nn.Module):
         return product
 
 
-class _SharedProduct:
-    """One packed product whose pieces are the results of several linears applied to the same input."""
+class SharedProduct:
+    """One product whose pieces are the results of several linears applied to the same input."""
 
-    def __init__(self, linears: Sequence[nn.Linear]) -> None:
-        biases = [linear.bias for linear in linears]
-        bias = torch.cat([b.detach() for b in biases if b is not None]) if biases[0] is not None else None
-        self.linear = PackedLinear(torch.cat([linear.weight.detach() for linear in linears]), bias)
-        self._sizes = [linear.out_features for linear in linears]
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self._sizes = list(sizes)
         self._input: torch.Tensor | None = None
         self._pieces: dict[int, torch.Tensor] = {}
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., in] -> [..., sum of outs]``."""
+        raise NotImplementedError
 
     def piece(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """The linear's result for ``x``; computed for all of them when the first of them is asked for."""
         if self._input is not x or index not in self._pieces:
             self._input = x
-            self._pieces = dict(enumerate(self.linear(x).split(self._sizes, dim=-1)))
+            self._pieces = dict(enumerate(self.product(x).split(self._sizes, dim=-1)))
         piece = self._pieces.pop(index)
         if not self._pieces:
             self._input = None
         return piece
 
 
+class PackedProduct(SharedProduct):
+    """One packed product of several linears."""
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        super().__init__([linear.out_features for linear in linears])
+        biases = [linear.bias for linear in linears]
+        bias = torch.cat([b.detach() for b in biases if b is not None]) if biases[0] is not None else None
+        self.linear = PackedLinear(torch.cat([linear.weight.detach() for linear in linears]), bias)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., in] -> [..., sum of outs]``."""
+        result: torch.Tensor = self.linear(x)
+        return result
+
+
 class FusedPart(nn.Module):
     """One of the linears of a shared product, in its old place."""
 
-    def __init__(self, shared: _SharedProduct, index: int, linear: nn.Linear) -> None:
+    def __init__(self, shared: SharedProduct, index: int, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._shared, self._index = shared, index
+        self.shared, self._index = shared, index
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in] -> [..., out]``; a view of the shared product."""
-        return self._shared.piece(self._index, x)
+        return self.shared.piece(self._index, x)
 
 
 PASSES: tuple[Pass, ...] = (PackLinears(),)
@@ -127,7 +143,7 @@ def run_passes(model: nn.Module, device: str, dtype: torch.dtype, passes: Sequen
     return [each.name for each in passes if each.applies(device, dtype) and each.run(model)]
 
 
-def _plain(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+def plain(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """A linear layer's weight ``[out, in]`` and bias; None if it is no linear layer, or one that does more."""
     if module._forward_hooks or module._forward_pre_hooks:  # noqa: SLF001 (no public way to ask)
         return None
@@ -140,13 +156,14 @@ def _plain(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None
     return None
 
 
-def _fuse(parent: nn.Module, names: Sequence[str]) -> int:
+def fuse(parent: nn.Module, names: Sequence[str], share: Callable[[Sequence[nn.Linear]], SharedProduct]) -> int:
+    """Replace these children, if they are plain linears of one input, by the pieces of one product; count them."""
     linears = list(_siblings(parent, names))
     if len(linears) != len(names):
         return 0
     if len({linear.in_features for linear in linears}) > 1 or len({linear.bias is None for linear in linears}) > 1:
         return 0
-    shared = _SharedProduct(linears)
+    shared = share(linears)
     for index, (name, linear) in enumerate(zip(names, linears, strict=True)):
         setattr(parent, name, FusedPart(shared, index, linear))
     return len(names)
@@ -155,5 +172,5 @@ def _fuse(parent: nn.Module, names: Sequence[str]) -> int:
 def _siblings(parent: nn.Module, names: Sequence[str]) -> Iterator[nn.Linear]:
     for name in names:
         child = getattr(parent, name, None)
-        if type(child) is nn.Linear and _plain(child) is not None:
+        if type(child) is nn.Linear and plain(child) is not None:
             yield child

@@ -38,7 +38,8 @@ class ModelShape:
     specs: list[KVCacheSpec]
     layers: dict[int, int]
     """``id(module)`` to the layer's index among the attention layers."""
-    windows: list[int | None]
+    calls: list[AttentionCall]
+    """What each layer asks for."""
     vocab_size: int
 
 
@@ -122,7 +123,7 @@ def probe(model: PreTrainedModel, bridge: AttentionBridge) -> ModelShape:
     """
     target = bridge.target = DenseTarget()
     try:
-        packed = torch.cat(list(_packed_logits(model, target)))
+        packed = torch.cat(list(packed_logits(model, target)))
         _check_calls(model, target)
         _check_windows(model, target)
         _check_logits(packed, _own_logits(model, bridge))
@@ -136,12 +137,12 @@ def probe(model: PreTrainedModel, bridge: AttentionBridge) -> ModelShape:
     return ModelShape(
         specs=[trace.spec for trace in traces],
         layers={key: index for index, key in enumerate(target.traces)},
-        windows=[trace.call.sliding_window for trace in traces],
+        calls=[trace.call for trace in traces],
         vocab_size=packed.shape[-1],
     )
 
 
-def _tokens(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+def tokens(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
     """Two fixed sequences of different tokens, within the vocabulary."""
     size = model.get_input_embeddings().weight.shape[0]
     ids = (torch.arange(FIRST + SECOND_HEAD + SECOND_TAIL) * 7919 + 11) % size
@@ -149,9 +150,9 @@ def _tokens(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
     return ids[:FIRST], ids[FIRST:]
 
 
-def _packed_logits(model: PreTrainedModel, target: DenseTarget) -> Iterator[torch.Tensor]:
+def packed_logits(model: PreTrainedModel, target: DenseTarget) -> Iterator[torch.Tensor]:
     """Logits of all probe tokens, from two packed steps, in the order first sequence, second sequence."""
-    first, second = _tokens(model)
+    first, second = tokens(model)
     both = torch.cat([first, second[:SECOND_HEAD]])
     positions = torch.cat([torch.arange(FIRST), torch.arange(SECOND_HEAD)]).to(model.device)
     target.segments = [(0, slice(0, FIRST)), (1, slice(FIRST, FIRST + SECOND_HEAD))]
@@ -164,7 +165,7 @@ def _own_logits(model: PreTrainedModel, bridge: AttentionBridge) -> torch.Tensor
     """Logits of the same tokens from transformers' own attention, one sequence at a time."""
     model.set_attn_implementation("eager")
     try:
-        return torch.cat([run(model, ids, torch.arange(len(ids), device=model.device)) for ids in _tokens(model)])
+        return torch.cat([run(model, ids, torch.arange(len(ids), device=model.device)) for ids in tokens(model)])
     finally:
         model.set_attn_implementation(bridge.name)
 

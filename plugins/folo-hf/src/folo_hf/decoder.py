@@ -1,0 +1,203 @@
+"""Whole decoder stacks of a transformers module as one native call.
+
+A stack is recognised by the names of its layers' parts, and taken only if it then gives the layers' own logits. Each
+layer's place in the module is kept by a small module that notes what the layer is handed; the last one runs them all.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from folo_kernels.decoder import DecoderStack, LayerWeights
+from folo_kernels.store import BlockStore, LayerShape, PackedStep
+from torch import nn
+
+from folo_hf.native import NativeLinear, NativeMlp, shared_matrix
+from folo_hf.probe import FIRST, SECOND_HEAD, SECOND_TAIL, DenseTarget, packed_logits, run, tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel
+
+    from folo_hf.attention import AttentionBridge, AttentionCall
+    from folo_hf.probe import ModelShape
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = 1e-4
+"""Largest accepted ratio of the difference's norm to the logits' norm; sums in another order are off by about 1e-6."""
+
+TRIAL_BLOCK = 16
+
+
+class NotRecognisedError(Exception):
+    """A layer is not of the kind that the kernels run."""
+
+
+class NativeDecoder:
+    """The layers of one model, run natively while a store is bound."""
+
+    def __init__(self, owner: nn.Module, name: str, weights: list[LayerWeights], shape: ModelShape) -> None:
+        self._owner, self._name = owner, name
+        self._layers: nn.ModuleList = getattr(owner, name)
+        self._weights = weights
+        self._hidden_size = weights[0].input_norm.numel()
+        self._places = nn.ModuleList(_Place(self, index) for index in range(len(weights)))
+        self._rotary: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._stack: DecoderStack | None = None
+        self.step: PackedStep | None = None
+        """The packed batch that the next forward runs."""
+        self.shapes = [
+            LayerShape(kv_heads=s.num_kv_heads, key_size=s.head_size, value_size=s.v_head_size or s.head_size)
+            for s in shape.specs
+        ]
+
+    def bind(self, store: BlockStore | None) -> None:
+        """Run natively over this store's blocks; None gives the module its own layers back."""
+        self._stack = None if store is None else DecoderStack(self._weights, store, self._hidden_size)
+        setattr(self._owner, self._name, self._layers if store is None else self._places)
+
+    def stage_seconds(self) -> dict[str, float]:
+        """Seconds spent in each kind of work since a store was bound."""
+        return {} if self._stack is None else self._stack.stage_seconds()
+
+    def note(self, index: int, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Note what layer ``index`` is handed; at the last one, run them all."""
+        if index == 0:
+            self._rotary.clear()
+        # Layers of one kind share their tensors, so most of this copies nothing.
+        self._rotary.append((rotary[0][0].contiguous(), rotary[1][0].contiguous()))
+        return hidden if index + 1 < len(self._weights) else self._run(hidden)
+
+    def _run(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self._stack is None or self.step is None:
+            raise RuntimeError("a native layer ran outside a step")
+        if len(self._rotary) != len(self._weights) or hidden.shape[:2] != (1, self.step.num_tokens):
+            raise RuntimeError(f"hidden states {tuple(hidden.shape)}: expected the step's {self.step.num_tokens} tokens")
+        # Changed in place: a copy, because an embedding may hand out what is its own.
+        result = hidden.clone(memory_format=torch.contiguous_format)
+        self._stack.run(result, self._rotary, self.step)
+        return result
+
+
+class _Place(nn.Module):
+    """Stands where a layer stood."""
+
+    def __init__(self, decoder: NativeDecoder, index: int) -> None:
+        super().__init__()
+        self._decoder, self._index = decoder, index
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        **_: Any,  # noqa: ANN401 (masks and caches that attention over blocks does without)
+    ) -> torch.Tensor:
+        """``[1, tokens, hidden] -> [1, tokens, hidden]``."""
+        return self._decoder.note(self._index, hidden_states, position_embeddings)
+
+
+def native_decoder(model: PreTrainedModel, bridge: AttentionBridge, shape: ModelShape) -> NativeDecoder | None:
+    """Return the model's layers as a native stack, tried against the layers themselves; None if they are not of its kind.
+
+    The linears must have been packed by ``NativeLinears``.
+    """
+    try:
+        owner, name = _find_layers(model)
+        layers: Any = getattr(owner, name)
+        weights = [_weights(layer, call) for layer, call in zip(layers, shape.calls, strict=True)]
+        decoder = NativeDecoder(owner, name, weights, shape)
+        _check(model, bridge, decoder)
+    except Exception as error:  # noqa: BLE001 (whatever speaks against it, the layers themselves are there to run)
+        logger.info("%s runs layer by layer: %s: %s", type(model).__name__, type(error).__name__, error)
+        return None
+    return decoder
+
+
+def _find_layers(model: nn.Module) -> tuple[nn.Module, str]:
+    for owner in model.modules():
+        for name, child in owner.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) and all(hasattr(layer, "self_attn") for layer in child):
+                return owner, name
+    raise NotRecognisedError("no list of layers with self_attn")
+
+
+def _weights(layer: Any, call: AttentionCall) -> LayerWeights:  # noqa: ANN401 (a layer of any architecture)
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv = shared_matrix(attention, ("q_proj", "k_proj", "v_proj"))
+    if qkv is None or not isinstance(attention.o_proj, NativeLinear) or not isinstance(mlp, NativeMlp):
+        raise NotRecognisedError(f"{type(layer).__name__}: projections or feed-forward of another kind")
+    input_norm, epsilon = _factor(layer.input_layernorm)
+    sandwich = hasattr(layer, "pre_feedforward_layernorm")
+    feed_norm = layer.pre_feedforward_layernorm if sandwich else layer.post_attention_layernorm
+    return LayerWeights(
+        input_norm=input_norm,
+        feed_norm=_factor(feed_norm)[0],
+        qkv=qkv,
+        out=attention.o_proj.matrix,
+        gate_up=mlp.gate_up,
+        down=mlp.down,
+        heads=qkv.sizes[0] // attention.head_dim,
+        epsilon=epsilon,
+        scale=call.scale,
+        gate=mlp.gate,
+        window=call.sliding_window,
+        softcap=call.softcap,
+        query_norm=_optional_factor(attention, "q_norm"),
+        key_norm=_optional_factor(attention, "k_norm"),
+        attention_norm=_factor(layer.post_attention_layernorm)[0] if sandwich else None,
+        output_norm=_optional_factor(layer, "post_feedforward_layernorm"),
+    )
+
+
+def _factor(norm: nn.Module) -> tuple[torch.Tensor, float]:
+    """An RMSNorm's factor, found by what it does to ones, and its epsilon."""
+    weight, epsilon = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if weight is None or epsilon is None or weight.dim() != 1:
+        raise NotRecognisedError(f"{type(norm).__name__} is no RMSNorm")
+    with torch.no_grad():
+        factor = norm(torch.ones_like(weight)) * (1 + epsilon) ** 0.5
+    return factor.contiguous(), float(epsilon)
+
+
+def _optional_factor(parent: nn.Module, name: str) -> torch.Tensor | None:
+    norm = getattr(parent, name, None)
+    return None if norm is None else _factor(norm)[0]
+
+
+def _check(model: PreTrainedModel, bridge: AttentionBridge, decoder: NativeDecoder) -> None:
+    """Compare two packed steps, one continuing a sequence of the other, with the layers' own."""
+    target = bridge.target = DenseTarget()
+    try:
+        expected = torch.cat(list(packed_logits(model, target)))
+    finally:
+        bridge.target = None
+    store = BlockStore(decoder.shapes, num_blocks=3, block_size=TRIAL_BLOCK)
+    decoder.bind(store)
+    try:
+        found = torch.cat(list(_native_logits(model, decoder, store)))
+    finally:
+        decoder.bind(None)
+        decoder.step = None
+    error = float((found - expected).norm() / expected.norm().clamp_min(1e-12))
+    if not error < TOLERANCE:
+        raise NotRecognisedError(f"its logits differ from the layers' own by {error:.3g} of their size")
+
+
+def _native_logits(model: PreTrainedModel, decoder: NativeDecoder, store: BlockStore) -> Iterator[torch.Tensor]:
+    """Logits of the probe's tokens, in the probe's two steps; the two sequences own blocks 1 and 2."""
+    first, second = tokens(model)
+    positions = torch.cat([torch.arange(FIRST), torch.arange(SECOND_HEAD)])
+    slots = positions + TRIAL_BLOCK * torch.tensor([1] * FIRST + [2] * SECOND_HEAD)
+    lengths = np.array([FIRST, SECOND_HEAD])
+    decoder.step = PackedStep(np.array([0, FIRST, FIRST + SECOND_HEAD]), lengths, np.array([[1], [2]]), slots, store.group)
+    yield run(model, torch.cat([first, second[:SECOND_HEAD]]), positions)
+    tail = torch.arange(SECOND_HEAD, SECOND_HEAD + SECOND_TAIL)
+    lengths = np.array([SECOND_HEAD + SECOND_TAIL])
+    decoder.step = PackedStep(np.array([0, SECOND_TAIL]), lengths, np.array([[2]]), tail + 2 * TRIAL_BLOCK, store.group)
+    yield run(model, second[SECOND_HEAD:], tail)

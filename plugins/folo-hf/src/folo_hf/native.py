@@ -1,0 +1,144 @@
+"""Linear layers and gated feed-forwards through Folo's CPU kernels (``folo_kernels``)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from folo_kernels.library import why_not
+from folo_kernels.matrix import Epilogue, Format, PackedMatrix, Plain
+from torch import nn
+from torch.nn import functional
+
+from folo_hf.passes import FusedPart, SharedProduct, fuse, plain
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+GATES: dict[Epilogue, Callable[[torch.Tensor], torch.Tensor]] = {
+    Epilogue.SILU_GATE: functional.silu,
+    Epilogue.GELU_TANH_GATE: lambda x: functional.gelu(x, approximate="tanh"),
+}
+"""Activations that the kernels know."""
+
+MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
+
+
+class NativeLinears:
+    """Every linear layer packed for the kernels: siblings that share an input, and gated feed-forwards, as one.
+
+    Args:
+        weights: how to store them. The head, whose errors go straight into the logits, is stored in 8 bits at least.
+    """
+
+    name = "native-linears"
+
+    def __init__(self, weights: Format = Format.FLOAT32) -> None:
+        self._format = weights
+
+    def applies(self, device: str, dtype: torch.dtype) -> bool:
+        """On a CPU in float32, where the kernels were compiled."""
+        return device == "cpu" and dtype == torch.float32 and why_not() is None
+
+    def run(self, model: nn.Module) -> int:
+        """Replace what can be; a tied head gets a copy of its own, since the embedding needs the plain weights."""
+        replaced = 0
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        for parent in list(model.modules()):
+            replaced += fuse(parent, ("q_proj", "k_proj", "v_proj"), self._share)
+            for name, child in list(parent.named_children()):
+                new = self._replacement(child, is_head=child is head)
+                if new is not None:
+                    setattr(parent, name, new)
+                    replaced += 1
+        return replaced
+
+    def _replacement(self, child: nn.Module, *, is_head: bool) -> nn.Module | None:
+        gate = gate_of(child)
+        if gate is not None:
+            return NativeMlp(child, gate, self._format)
+        found = plain(child)
+        if found is None:
+            return None
+        rounded = Format.INT8 if is_head and self._format == Format.INT4 else self._format
+        return NativeLinear(PackedMatrix([Plain(*found)], rounded))
+
+    def _share(self, linears: Sequence[nn.Linear]) -> SharedProduct:
+        return NativeProduct(PackedMatrix([Plain(linear.weight, linear.bias) for linear in linears], self._format))
+
+
+class NativeLinear(nn.Module):
+    """``x @ weight.T + bias``."""
+
+    def __init__(self, matrix: PackedMatrix) -> None:
+        super().__init__()
+        self.matrix = matrix
+        self.in_features, self.out_features = matrix.inputs, matrix.outputs
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The plain weight ``[out, in]``, unpacked anew: for code that looks at it, not for computing with."""
+        return self.matrix.plain()[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., in] -> [..., out]``."""
+        return self.matrix.multiply(x)
+
+
+class NativeProduct(SharedProduct):
+    """Several linears applied to the same input, as one product."""
+
+    def __init__(self, matrix: PackedMatrix) -> None:
+        super().__init__(matrix.sizes)
+        self.matrix = matrix
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., in] -> [..., sum of outs]``."""
+        return self.matrix.multiply(x)
+
+
+class NativeMlp(nn.Module):
+    """``down(activation(gate(x)) * up(x))`` as two products, the activation within the first."""
+
+    def __init__(self, mlp: nn.Module, gate: Epilogue, weights: Format) -> None:
+        super().__init__()
+        gate_proj, up_proj, down_proj = (getattr(mlp, name) for name in MLP_PARTS)
+        self.gate = gate
+        self.gate_up = PackedMatrix(
+            [Plain(linear.weight, linear.bias) for linear in (gate_proj, up_proj)], weights, gated=True
+        )
+        self.down = PackedMatrix([Plain(down_proj.weight, down_proj.bias)], weights)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., hidden] -> [..., hidden]``."""
+        return self.down.multiply(self.gate_up.multiply(x, self.gate))
+
+
+def shared_matrix(parent: nn.Module, names: Sequence[str]) -> PackedMatrix | None:
+    """Return the matrix that these children share, if they share one natively."""
+    children: list[Any] = [getattr(parent, name, None) for name in names]
+    if not all(isinstance(child, FusedPart) for child in children):
+        return None
+    products = {id(child.shared): child.shared for child in children}
+    product = next(iter(products.values()))
+    return product.matrix if len(products) == 1 and isinstance(product, NativeProduct) else None
+
+
+@torch.no_grad()
+def gate_of(module: nn.Module) -> Epilogue | None:
+    """Return the activation of a gated feed-forward that the kernels can compute; None if the module is none.
+
+    It is recognised by the names of its parts, and then must give what the formula gives.
+    """
+    linears: list[Any] = [getattr(module, name, None) for name in MLP_PARTS]
+    if set(dict(module.named_children())) - {*MLP_PARTS, "act_fn"} or any(each is None or plain(each) is None for each in linears):
+        return None
+    gate, up, down = linears
+    if type(gate) is not nn.Linear or gate.weight.shape != up.weight.shape:
+        return None
+    x = torch.linspace(-3, 3, 2 * gate.in_features, dtype=gate.weight.dtype).view(2, -1).sin_()
+    expected = module(x)
+    for epilogue, activation in GATES.items():
+        if torch.allclose(down(activation(gate(x)) * up(x)), expected, rtol=1e-4, atol=1e-5):
+            return epilogue
+    return None
