@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from folo_kernels.library import why_not
+from folo_kernels.library import settled, why_not
 from folo_kernels.matrix import Epilogue, Format, PackedMatrix, Plain
 from torch import nn
 from torch.nn import functional
@@ -42,6 +42,7 @@ class NativeLinears:
 
     def run(self, model: nn.Module) -> int:
         """Replace what can be; a tied head gets a copy of its own, since the embedding needs the plain weights."""
+        settled()
         replaced = 0
         head = getattr(model, "get_output_embeddings", lambda: None)()
         for parent in list(model.modules()):

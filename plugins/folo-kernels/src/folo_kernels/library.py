@@ -206,7 +206,16 @@ def load() -> Library:
         )
     library = Library(found)
     use_threads(library, torch.get_num_threads())
-    logger.info("native kernels: %s, %d threads", library.name, torch.get_num_threads())
+    return library
+
+
+@functools.cache
+def settled() -> Library:
+    """Load the library and settle once, by measuring, on how many threads it runs and whether they are bound."""
+    from folo_kernels.threads import settle
+
+    library = load()
+    logger.info("native kernels: %s, %s", library.name, settle(library))
     return library
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 
 from folo_kernels import library as native
+from folo_kernels.pages import huge
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,7 +70,7 @@ class PackedMatrix:
         panel = 2 * self._library.vector_lanes
         columns = 2 * _round_up(self.sizes[0], panel // 2) if gated else _round_up(self.outputs, panel)
         panel_bytes = self._library.panel_bytes(self.inputs, weight_format)
-        self._panels = _huge(columns // panel * panel_bytes)
+        self._panels = huge(columns // panel * panel_bytes)
         has_bias = any(part.bias is not None for part in parts)
         self._bias = np.zeros(columns, dtype=np.float32) if has_bias else None
         self.native = native.Matrix(
@@ -138,11 +138,3 @@ def _check(parts: Sequence[Plain]) -> None:
 
 def _round_up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
-
-
-def _huge(size: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-    """Memory for weights, in large pages where the system grants them: a step reads all of it, page after page."""
-    memory = mmap.mmap(-1, max(size, 1))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, dtype=np.uint8)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING, Any
+import math
+from typing import TYPE_CHECKING
 
 import attrs
 import numpy as np
 import torch
 
 from folo_kernels import library as native
+from folo_kernels.pages import huge
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -159,7 +161,4 @@ class BlockStore:
 
 
 def _zeros(*shape: int) -> torch.Tensor:
-    size, alignment = int(np.prod(shape)) * 4, 64
-    memory: NDArray[Any] = np.zeros(size + alignment, dtype=np.uint8)
-    start = -memory.ctypes.data % alignment
-    return torch.from_numpy(memory[start : start + size]).view(torch.float32).view(shape)
+    return torch.from_numpy(huge(math.prod(shape) * 4)).view(torch.float32).view(shape)

@@ -71,30 +71,39 @@ struct Tile {
   float* sums;      // [rows, value_room]
   float* top;       // [rows]: running maximum
   float* weight;    // [rows]: running sum of weights
-
-  const float* query(int row) const {
-    return call.query + (first_token + row / group) * call.query_stride +
-           int64_t(head * group + row % group) * store.key_size;
-  }
+  const float* const* queries;  // [rows]
 };
 
+// Scores of COUNT rows with VECTORS vectors of keys. A few rows keep too few sums under way to fill the pipelines, so
+// their even and odd features are summed apart.
 template <int COUNT, int VECTORS>
 void score_rows(const Tile& t, int row, const float* keys, float* to) {
-  const float* q[COUNT];
-  for (int i = 0; i < COUNT; ++i) q[i] = t.query(row + i);
-  Floats sums[COUNT][VECTORS] = {};
-  for (int d = 0; d < t.store.key_size; ++d, keys += t.store.block_room) {
+  constexpr int APART = COUNT * VECTORS * 2 <= ROWS * 2 ? 2 : 1;
+  const float* const* q = t.queries + row;
+  const int room = t.store.block_room, size = t.store.key_size;
+  Floats sums[APART][COUNT][VECTORS] = {};
+  for (int d = 0; d + APART <= size; d += APART) {
+    for (int a = 0; a < APART; ++a, keys += room) {
+      for (int v = 0; v < VECTORS; ++v) {
+        const Floats key = load(keys + v * LANES);
+        for (int i = 0; i < COUNT; ++i) sums[a][i][v] += q[i][d + a] * key;
+      }
+    }
+  }
+  if (size % APART != 0) {
     for (int v = 0; v < VECTORS; ++v) {
-      const Floats key = load(keys + v * LANES);
-      for (int i = 0; i < COUNT; ++i) sums[i][v] += q[i][d] * key;
+      for (int i = 0; i < COUNT; ++i) sums[0][i][v] += q[i][size - 1] * load(keys + v * LANES);
     }
   }
   for (int i = 0; i < COUNT; ++i) {
-    for (int v = 0; v < VECTORS; ++v) store(to + (row + i) * t.stride + v * LANES, sums[i][v] * t.call.scale);
+    for (int v = 0; v < VECTORS; ++v) {
+      const Floats total = APART == 2 ? sums[0][i][v] + sums[APART - 1][i][v] : sums[0][i][v];
+      store(to + (row + i) * t.stride + v * LANES, total * t.call.scale);
+    }
   }
 }
 
-// Scores of all rows with `width` keys of one block, from key `offset` of it on.
+// Scores of all rows with the first `width` keys of a block.
 inline void score_block(const Tile& t, const float* keys, int width, float* to) {
   for (int lane = 0; lane < width; lane += PANEL) {
     for (int row = 0; row < t.rows; row += ROWS) {
@@ -159,51 +168,69 @@ inline bool weigh_row(const Tile& t, int row, int begin, int end, int room) {
   return true;
 }
 
-template <int COUNT>
-void gather_rows(const Tile& t, int row, int column, int first_block, int count) {
-  Floats sums[COUNT][2];
-  const bool both = column + LANES < t.store.value_room;
+// Add COUNT rows' weighted values of `count` keys to VECTORS vectors of their sums.
+template <int COUNT, int VECTORS>
+void gather_rows(const Tile& t, int row, int column, int block, int count) {
+  Floats sums[COUNT][VECTORS];
+  float* to = t.sums + row * t.store.value_room + column;
   for (int i = 0; i < COUNT; ++i) {
-    const float* from = t.sums + (row + i) * t.store.value_room + column;
-    sums[i][0] = load(from);
-    sums[i][1] = both ? load(from + LANES) : Floats{};
+    for (int v = 0; v < VECTORS; ++v) sums[i][v] = load(to + i * t.store.value_room + v * LANES);
   }
-  const int second = both ? LANES : 0;
   const float* weights = t.scores + row * t.stride;
-  for (int block = first_block; count > 0; ++block, count -= t.store.block_size, weights += t.store.block_room) {
+  for (; count > 0; ++block, count -= t.store.block_size, weights += t.store.block_room) {
     const float* values = value_block(t.store, t.table[block], t.head) + column;
-    for (int k = 0; k < std::min(count, t.store.block_size); ++k, values += t.store.value_room) {
-      const Floats left = load(values), right = load(values + second);
-      for (int i = 0; i < COUNT; ++i) {
-        sums[i][0] += weights[i * t.stride + k] * left;
-        sums[i][1] += weights[i * t.stride + k] * right;
+    const int keys = std::min(count, t.store.block_size);
+    for (int k = 0; k < keys; ++k, values += t.store.value_room) {
+      for (int v = 0; v < VECTORS; ++v) {
+        const Floats value = load(values + v * LANES);
+        for (int i = 0; i < COUNT; ++i) sums[i][v] += weights[i * t.stride + k] * value;
       }
     }
   }
   for (int i = 0; i < COUNT; ++i) {
-    float* to = t.sums + (row + i) * t.store.value_room + column;
-    store(to, sums[i][0]);
-    if (both) store(to + LANES, sums[i][1]);
+    for (int v = 0; v < VECTORS; ++v) store(to + i * t.store.value_room + v * LANES, sums[i][v]);
   }
 }
 
-// Keys first..last of the sequence; `first` begins a block.
-inline void attend_stretch(const Tile& t, int first, int last) {
+// Likewise all columns, as many at once as there are registers for.
+template <int COUNT>
+void gather_columns(const Tile& t, int row, int block, int count) {
+  constexpr int MOST = COUNT * 4 <= ROWS * 2 ? 4 : 2;
+  int column = 0;
+  for (; column + MOST * LANES <= t.store.value_room; column += MOST * LANES) {
+    gather_rows<COUNT, MOST>(t, row, column, block, count);
+  }
+  for (; column < t.store.value_room; column += LANES) gather_rows<COUNT, 1>(t, row, column, block, count);
+}
+
+inline void fetch(const float* from, int64_t floats) {
+  const char* line = reinterpret_cast<const char*>(from);
+  for (const char* end = line + floats * 4; line < end; line += 64) __builtin_prefetch(line, 0, 3);
+}
+
+// Ask for a block's values, which are needed once all of the stretch's keys are scored, and for the next block's keys.
+inline void fetch_ahead(const Tile& t, int block, int next_key, int last) {
+  const Store& s = t.store;
+  fetch(value_block(s, t.table[block], t.head), int64_t(s.block_size) * s.value_room);
+  if (next_key < last) fetch(key_block(s, t.table[block + 1], t.head), int64_t(s.key_size) * s.block_room);
+}
+
+// Keys first..last of the sequence's `seen`; `first` begins a block.
+inline void attend_stretch(const Tile& t, int first, int last, int seen) {
   const int size = t.store.block_size;
   int room = 0;
   for (int key = first; key < last; key += size, room += t.store.block_room) {
     const int width = round_up(std::min(size, last - key), LANES);
+    fetch_ahead(t, key / size, key + size, seen);
     score_block(t, key_block(t.store, t.table[key / size], t.head), width, t.scores + room);
   }
   bool any = false;
   for (int row = 0; row < t.rows; ++row) any |= weigh_row(t, row, first, last, room);
   if (!any) return;
-  for (int column = 0; column < t.store.value_room; column += PANEL) {
-    for (int row = 0; row < t.rows; row += ROWS) {
-      with_count<ROWS>(std::min(ROWS, t.rows - row), [&](auto count) {
-        gather_rows<count.value>(t, row, column, first / size, last - first);
-      });
-    }
+  for (int row = 0; row < t.rows; row += ROWS) {
+    with_count<ROWS>(std::min(ROWS, t.rows - row), [&](auto count) {
+      gather_columns<count.value>(t, row, first / size, last - first);
+    });
   }
 }
 
@@ -229,12 +256,16 @@ inline void attend_tile(const Store& s, const Step& step, const Attention& call,
   std::fill(sums, top, 0.0f);
   std::fill(top, weight, -INFINITY);
   std::fill(weight, weight + rows, 0.0f);
+  const float** queries = own.grown(own.queries, rows);
+  for (int row = 0; row < rows; ++row) {
+    queries[row] = call.query + (first + row / group) * call.query_stride + int64_t(head * group + row % group) * s.key_size;
+  }
   const int32_t* table = step.block_tables + int64_t(sequence) * step.table_width;
-  const Tile t{s, call, table, head, group, rows, first, position, stride, memory, sums, top, weight};
+  const Tile t{s, call, table, head, group, rows, first, position, stride, memory, sums, top, weight, queries};
   const int seen = position + (last - first), size = s.block_size;
   const int begin = call.window > 0 ? std::max(0, position - call.window + 1) / size * size : 0;
   for (int key = begin; key < seen; key += stretch * size) {
-    attend_stretch(t, key, std::min(key + stretch * size, seen));
+    attend_stretch(t, key, std::min(key + stretch * size, seen), seen);
   }
   finish_tile(t);
 }

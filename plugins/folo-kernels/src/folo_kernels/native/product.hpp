@@ -16,7 +16,10 @@ struct Scratch {
   std::vector<float> rows;    // activations padded to whole groups
   std::vector<float> totals;  // their sums over each group
   std::vector<float> scores;  // attention: [rows, keys] and [rows, value size]
-  float* grown(std::vector<float>& memory, size_t size) {
+  std::vector<const float*> queries;
+
+  template <class T>
+  T* grown(std::vector<T>& memory, size_t size) {
     if (memory.size() < size) memory.resize(size);
     return memory.data();
   }
