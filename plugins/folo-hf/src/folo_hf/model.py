@@ -68,10 +68,12 @@ class HfLoadedModel:
         """Logits ``[rows, vocab_size]`` of the packed tokens that ``logits_indices`` names (see ``LoadedModel``)."""
         if self._target is None:
             raise RuntimeError("bind() an attention backend before forward()")
-        rows = {"logits_to_keep": logits_indices} if self._chooses_rows else {}
-        self._target.metadata = metadata
         if self._decoder is not None and isinstance(metadata.plan, PackedStep):
             self._decoder.step = metadata.plan
+            if self._decoder.direct is not None:
+                return self._decoder.direct(input_ids, positions, logits_indices)
+        rows = {"logits_to_keep": logits_indices} if self._chooses_rows else {}
+        self._target.metadata = metadata
         try:
             with self._guard():
                 output = self.module(

@@ -45,7 +45,7 @@ class Team {
 
   // Wait until every thread of the team is here.
   void barrier() {
-    if (threads_ == 1) return;
+    if (threads_ == 1) return next_.store(0, std::memory_order_relaxed);
     const unsigned round = round_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
       arrived_.store(0, std::memory_order_relaxed);
