@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from folo_kernels.decoder import DecoderStack, LayerWeights
+from folo_kernels.decoder import DecoderStack, LayerWeights, normalise
 from folo_kernels.store import BlockStore, LayerShape, PackedStep
 from torch import nn
-from torch.nn import functional
 
 from folo_hf.native import NativeLinear, NativeMlp, shared_matrix
 from folo_hf.probe import FIRST, SECOND_HEAD, SECOND_TAIL, DenseTarget, packed_logits, run, tokens
@@ -132,7 +131,7 @@ class DirectForward:
         hidden = self._decoder.run(self._embedding(input_ids), [turned[index] for index in self._table_of])
         if len(logits_indices) < len(hidden):
             hidden = hidden.index_select(0, logits_indices)
-        logits: torch.Tensor = self._head(functional.rms_norm(hidden, self._norm.shape, self._norm, self._epsilon))
+        logits: torch.Tensor = self._head(normalise(hidden, self._norm, self._epsilon))
         return logits
 
     def _reach(self, position: int) -> None:

@@ -89,6 +89,13 @@ class DecoderStack:
         return dict(zip(native.STAGES, self._native.seconds, strict=True))
 
 
+def normalise(x: torch.Tensor, factor: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """RMSNorm of float32 rows ``[rows, size]``, contiguous, with the kernels that the layers use."""
+    y = torch.empty_like(x)
+    native.load().normalise(x.data_ptr(), factor.data_ptr(), *x.shape, epsilon, y.data_ptr())
+    return y
+
+
 def _layer(weights: LayerWeights, store: native.Store) -> native.Layer:
     norms = ("input_norm", "query_norm", "key_norm", "attention_norm", "feed_norm", "output_norm")
     pointers = {name: _address(getattr(weights, name)) for name in norms}

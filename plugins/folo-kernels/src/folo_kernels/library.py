@@ -170,6 +170,10 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "folo_multiply": (None, (ctypes.c_void_p,)),
     "folo_write": (None, (ctypes.c_void_p,) * 4),
     "folo_attend": (None, (ctypes.c_void_p,) * 3),
+    "folo_normalise": (
+        None,
+        (*(ctypes.c_void_p,) * 2, ctypes.c_int32, ctypes.c_int32, ctypes.c_float, ctypes.c_void_p),
+    ),
     "folo_workspace_floats": (ctypes.c_int64, (ctypes.c_void_p, ctypes.c_int32)),
     "folo_decode": (None, (ctypes.c_void_p,) * 3),
 }

@@ -44,6 +44,10 @@ void folo_attend(const Store* store, const Step* step, const Attention* call) {
   run_team([&](Team& team, int) { attend(team, *store, *step, *call); });
 }
 
+void folo_normalise(const float* x, const float* weight, int32_t rows, int32_t size, float epsilon, float* y) {
+  for (int64_t row = 0; row < rows; ++row) normalise(x + row * size, weight, size, epsilon, y + row * size, false);
+}
+
 int64_t folo_workspace_floats(const Decoder* decoder, int32_t num_tokens) {
   return workspace_floats(*decoder, num_tokens);
 }
