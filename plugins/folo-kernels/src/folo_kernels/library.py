@@ -164,7 +164,7 @@ class DecoderStep(ctypes.Structure):
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "folo_lanes": (ctypes.c_int32, ()),
     "folo_panel_bytes": (ctypes.c_int64, (ctypes.c_int32, ctypes.c_int32)),
-    "folo_set_team": (None, (ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32)),
+    "folo_set_team": (None, (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32)),
     "folo_pack": (None, (ctypes.c_void_p,) * 4),
     "folo_unpack": (None, (ctypes.c_void_p,) * 2),
     "folo_multiply": (None, (ctypes.c_void_p,)),
@@ -227,7 +227,7 @@ def why_not() -> str | None:
     """Why the kernels cannot be used here; None if they can."""
     try:
         load()
-    except (KernelsUnavailableError, OSError) as error:
+    except (KernelsUnavailableError, OSError, AttributeError) as error:  # the last: a library of another version
         return str(error)
     return None
 
@@ -235,18 +235,22 @@ def why_not() -> str | None:
 def use_threads(library: Library, threads: int, cpus: tuple[int, ...] = ()) -> None:
     """Run on so many of torch's threads, bound to these processors if any are given."""
     array = (ctypes.c_int32 * max(1, len(cpus)))(*cpus)
-    library.set_team(_openmp_entry(), threads, array, len(cpus))
+    library.set_team(*_openmp_entries(), threads, array, len(cpus))
 
 
 @functools.cache
-def _openmp_entry() -> int | None:
-    """Address of ``GOMP_parallel`` in the OpenMP runtime that torch has loaded; None where it uses another."""
+def _openmp_entries() -> tuple[int | None, int | None]:
+    """Addresses of ``GOMP_parallel`` and ``omp_get_num_threads`` in the OpenMP runtime that torch has loaded.
+
+    None where it uses another runtime: then the caller runs alone.
+    """
     try:
-        maps = Path("/proc/self/maps").read_text()
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
     except OSError:
-        return None
+        return None, None
     for path in sorted(set(re.findall(r"\s(/\S*libgomp\S*)$", maps, re.MULTILINE))):
         # Already loaded, so this gives the copy in use and no second one.
-        function = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_LAZY).GOMP_parallel
-        return ctypes.cast(function, ctypes.c_void_p).value
-    return None
+        runtime = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+        addresses = (ctypes.cast(entry, ctypes.c_void_p).value for entry in (runtime.GOMP_parallel, runtime.omp_get_num_threads))
+        return next(addresses), next(addresses)
+    return None, None

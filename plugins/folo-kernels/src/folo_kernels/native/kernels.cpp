@@ -11,9 +11,10 @@ int32_t folo_lanes() { return LANES; }
 
 int64_t folo_panel_bytes(int32_t inputs, int32_t format) { return panel_bytes(inputs, format); }
 
-void folo_set_team(void* entry, int32_t threads, const int32_t* cpus, int32_t num_cpus) {
+void folo_set_team(void* entry, void* granted, int32_t threads, const int32_t* cpus, int32_t num_cpus) {
   TeamSettings& settings = team_settings();
   settings.entry = reinterpret_cast<ParallelEntry>(entry);
+  settings.granted = reinterpret_cast<int (*)()>(granted);
   settings.threads = std::clamp(threads, 1, MAX_THREADS);
   settings.num_cpus = std::clamp(num_cpus, 0, MAX_THREADS);
   std::copy(cpus, cpus + settings.num_cpus, settings.cpus);

@@ -5,7 +5,8 @@
 // High-Performance Matrix Multiplication", 2008). While one panel is multiplied, the next is fetched towards the cache:
 // with few rows the product is as fast as memory can deliver weights.
 //
-// Every sum runs over the input features in order, whatever the number of rows: a row's bits depend on no other row.
+// Every sum of float32 weights runs over the input features in order, whatever the number of rows: a row's bits depend on
+// no other row.
 #pragma once
 
 #include <algorithm>
@@ -54,7 +55,8 @@ struct Product {
   int epilogue;
 };
 
-FOLO_INLINE Floats silu(Floats x) { return x / (1.0f + exponential(-x)); }
+// x / (1 + e^-x). Below -88 the result is 0 to within 1e-36, and e^-x would not fit.
+FOLO_INLINE Floats silu(Floats x) { return x < fill(-88.0f) ? Floats{} : x / (1.0f + exponential(-x)); }
 
 FOLO_INLINE Floats gelu_tanh(Floats x) {
   return 0.5f * x * (1.0f + hyperbolic_tangent(0.7978845608028654f * (x + 0.044715f * x * x * x)));

@@ -50,13 +50,6 @@ void multiply_quantised(const Product& p, int row, int panel, const float* padde
   for (int i = 0; i < COUNT; ++i) finish_row(p, row + i, panel, sums[i][0], sums[i][1]);
 }
 
-// Few rows and quantised weights: every thread keeps its own padded copy of the rows.
-inline void multiply_directly(const Product& p, int first, int last, const float* padded, const float* totals) {
-  for (int panel = first; panel < last; ++panel) {
-    with_count<DIRECT_ROWS>(p.rows, [&](auto count) { multiply_quantised<count.value>(p, 0, panel, padded, totals); });
-  }
-}
-
 inline void pad_rows(const Product& p, float* padded, float* totals) {
   const int inputs = p.matrix->inputs, groups = (inputs + GROUP - 1) / GROUP;
   for (int row = 0; row < p.rows; ++row) {
@@ -71,63 +64,73 @@ inline void pad_rows(const Product& p, float* padded, float* totals) {
   }
 }
 
-// A block of rows by one panel, while the panel after it is fetched.
-inline void multiply_panel(const Product& p, int first_row, int last_row, int panel, const float* weights) {
+// Rows first..last by one panel, while the panel that this thread takes next is fetched, evenly over the time.
+inline void multiply_panel(const Product& p, int first, int last, int panel, const float* weights, const char* next) {
   const Matrix& m = *p.matrix;
-  const int blocks = (last_row - first_row + ROWS - 1) / ROWS;
-  const bool plain = m.format == FLOAT32 && panel + 1 < m.num_panels;
-  const char* next = reinterpret_cast<const char*>(m.panels + (panel + 1) * m.panel_bytes);
-  const int lines = (PANEL / 16 * 4 + blocks - 1) / blocks;  // a panel has PANEL / 16 lines for each input feature
-  const int64_t stretch = int64_t(lines) * 64 * (m.inputs / 4);
-  for (int block = 0, row = first_row; block < blocks; ++block) {
-    const int count = (last_row - row + blocks - block - 1) / (blocks - block);
-    const bool fetches = plain && block * stretch < m.panel_bytes;
-    const Prefetch ahead{next + block * stretch, fetches ? lines : 0};
+  const int blocks = (last - first + ROWS - 1) / ROWS;
+  const int lines_each = PANEL / 16 * 4;  // of a panel, for every four input features
+  const int64_t line_bytes = int64_t(m.inputs / 4) * 64;
+  for (int block = 0, row = first; block < blocks; ++block) {
+    const int count = (last - row + blocks - block - 1) / (blocks - block);
+    const int begin = block * lines_each / blocks, lines = (block + 1) * lines_each / blocks - begin;
+    const Prefetch ahead{next + begin * line_bytes, next == nullptr ? 0 : lines};
     with_count<ROWS>(count, [&](auto c) { multiply_rows<c.value>(p, row, panel, weights, ahead); });
     row += count;
   }
 }
 
-inline void multiply_panels(const Product& p, int first_row, int last_row, int first, int last) {
-  const Matrix& m = *p.matrix;
-  Scratch& own = scratch();
-  for (int panel = first; panel < last; ++panel) {
-    const unsigned char* packed = m.panels + panel * m.panel_bytes;
-    const float* weights = reinterpret_cast<const float*>(packed);
-    if (m.format != FLOAT32) {
-      float* expanded = own.grown(own.panel, size_t(round_up(m.inputs, GROUP)) * PANEL);
-      expand_panel(m, packed, expanded);
-      weights = expanded;
-    }
-    multiply_panel(p, first_row, last_row, panel, weights);
+// One thread's way of working through a product's items: a panel by a block of rows.
+class ProductWorker {
+ public:
+  explicit ProductWorker(const Product& p) : p_(p), m_(*p.matrix), own_(scratch()) {
+    row_blocks_ = (p.rows + ROW_BLOCK - 1) / ROW_BLOCK;
+    rows_each_ = (p.rows + row_blocks_ - 1) / row_blocks_;
+    direct_ = m_.format != FLOAT32 && p.rows <= DIRECT_ROWS;
+    if (!direct_) return;
+    const int groups = (m_.inputs + GROUP - 1) / GROUP;
+    padded_ = own_.grown(own_.rows, size_t(p.rows) * groups * GROUP);
+    totals_ = own_.grown(own_.totals, size_t(p.rows) * groups);
+    pad_rows(p, padded_, totals_);
   }
-}
+
+  int64_t items() const { return int64_t(m_.num_panels) * row_blocks_; }
+
+  // Do one item, knowing which is next.
+  void run(int64_t item, int64_t next) {
+    const int panel = int(item % m_.num_panels);
+    if (direct_) {
+      return with_count<DIRECT_ROWS>(
+          p_.rows, [&](auto count) { multiply_quantised<count.value>(p_, 0, panel, padded_, totals_); });
+    }
+    const int first = int(item / m_.num_panels) * rows_each_, last = std::min(first + rows_each_, p_.rows);
+    const bool fetches = m_.format == FLOAT32 && next < items();
+    const unsigned char* ahead = fetches ? m_.panels + next % m_.num_panels * m_.panel_bytes : nullptr;
+    multiply_panel(p_, first, last, panel, plain(panel), reinterpret_cast<const char*>(ahead));
+  }
+
+ private:
+  const float* plain(int panel) {
+    const unsigned char* packed = m_.panels + panel * m_.panel_bytes;
+    if (m_.format == FLOAT32) return reinterpret_cast<const float*>(packed);
+    float* expanded = own_.grown(own_.panel, size_t(round_up(m_.inputs, GROUP)) * PANEL);
+    expand_panel(m_, packed, expanded);
+    return expanded;
+  }
+
+  const Product& p_;
+  const Matrix& m_;
+  Scratch& own_;
+  int row_blocks_, rows_each_;
+  bool direct_;  // few rows and quantised weights: multiplied as they are read, with rows padded to whole groups
+  float *padded_ = nullptr, *totals_ = nullptr;
+};
 
 // One phase of a team: y = epilogue(x W^T). A barrier must follow before y is read.
 inline void multiply(Team& team, const Product& p) {
-  const Matrix& m = *p.matrix;
-  const bool direct = m.format != FLOAT32 && p.rows <= DIRECT_ROWS;
-  const int row_blocks = (p.rows + ROW_BLOCK - 1) / ROW_BLOCK;
-  const int rows_each = (p.rows + row_blocks - 1) / row_blocks;
-  // Small enough for threads to end together, large enough for a panel's fetched neighbour to be one's own.
-  const int chunk = std::clamp(m.num_panels / (team.size() * 6), 1, 16);
-  const int chunks = (m.num_panels + chunk - 1) / chunk;
-  Scratch& own = scratch();
-  float *padded = nullptr, *totals = nullptr;
-  if (direct) {
-    const int groups = (m.inputs + GROUP - 1) / GROUP;
-    padded = own.grown(own.rows, size_t(p.rows) * groups * GROUP);
-    totals = own.grown(own.totals, size_t(p.rows) * groups);
-    pad_rows(p, padded, totals);
-  }
-  for (int64_t item = team.take(1); item < int64_t(chunks) * row_blocks; item = team.take(1)) {
-    const int first = int(item % chunks) * chunk, last = std::min(first + chunk, m.num_panels);
-    const int first_row = int(item / chunks) * rows_each, last_row = std::min(first_row + rows_each, p.rows);
-    if (direct) {
-      multiply_directly(p, first, last, padded, totals);
-    } else {
-      multiply_panels(p, first_row, last_row, first, last);
-    }
+  ProductWorker worker(p);
+  for (int64_t item = team.take(1), next; item < worker.items(); item = next) {
+    next = team.take(1);
+    worker.run(item, next);
   }
 }
 

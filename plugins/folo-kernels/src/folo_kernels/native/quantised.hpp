@@ -37,6 +37,8 @@ inline uint16_t to_half(float value) {
   return sign | uint16_t((bits >> 13) - (112u << 10));
 }
 
+constexpr int FAR = 4096;  // bytes ahead that weights are fetched while they are multiplied as they are read
+
 FOLO_INLINE Floats load_halves(const unsigned char* from) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
@@ -105,23 +107,42 @@ inline void expand_panel(const Matrix& m, const unsigned char* panel, float* to)
   }
 }
 
+// Sums of COUNT rows over one group, in one or two parts: with few rows, even and odd input features are summed apart,
+// because each sum must wait for the one before it.
+template <int COUNT>
+struct GroupSums {
+  static constexpr int APART = COUNT <= 2 ? 2 : 1;
+  Floats parts[APART][COUNT][2] = {};
+
+  template <int FEATURE>
+  FOLO_INLINE void add(int row, float x, Floats first, Floats second) {
+    parts[FEATURE % APART][row][0] += x * first;
+    parts[FEATURE % APART][row][1] += x * second;
+  }
+
+  FOLO_INLINE Floats total(int row, int half) const {
+    return APART == 2 ? parts[0][row][half] + parts[APART - 1][row][half] : parts[0][row][half];
+  }
+};
+
 // Sums of COUNT rows over one panel of int8 weights. `x` is padded with zeros to whole groups.
 template <int COUNT>
 FOLO_INLINE void accumulate_int8(Floats (&sums)[COUNT][2], const float* const* x, const unsigned char* panel, int inputs) {
   for (int k = 0; k < inputs; k += GROUP) {
-    Floats part[COUNT][2] = {};
-    for (int u = 0; u < GROUP; ++u, panel += PANEL) {
+    GroupSums<COUNT> group;
+    for (int u = 0; u < GROUP; u += 2, panel += 2 * PANEL) {
       const Floats first = load_bytes(panel), second = load_bytes(panel + LANES);
-      __builtin_prefetch(panel + 4096, 0, 2);
+      const Floats third = load_bytes(panel + PANEL), fourth = load_bytes(panel + PANEL + LANES);
       for (int i = 0; i < COUNT; ++i) {
-        part[i][0] += x[i][k + u] * first;
-        part[i][1] += x[i][k + u] * second;
+        group.template add<0>(i, x[i][k + u], first, second);
+        group.template add<1>(i, x[i][k + u + 1], third, fourth);
       }
+      __builtin_prefetch(panel + FAR, 0, 2);
     }
     const float* scales = reinterpret_cast<const float*>(panel);
     for (int i = 0; i < COUNT; ++i) {
-      sums[i][0] += part[i][0] * load(scales);
-      sums[i][1] += part[i][1] * load(scales + LANES);
+      sums[i][0] += group.total(i, 0) * load(scales);
+      sums[i][1] += group.total(i, 1) * load(scales + LANES);
     }
     panel += PANEL * 4;
   }
@@ -132,24 +153,21 @@ template <int COUNT>
 FOLO_INLINE void accumulate_int4(
     Floats (&sums)[COUNT][2], const float* const* x, const float* const* group_sums, const unsigned char* panel, int inputs) {
   for (int k = 0; k < inputs; k += GROUP) {
-    Floats part[COUNT][2] = {};
-#pragma GCC unroll 4
+    GroupSums<COUNT> group;
     for (int u = 0; u < GROUP; u += 2, panel += PANEL) {
       const Floats first = load_nibbles<false>(panel), second = load_nibbles<false>(panel + LANES);
       const Floats third = load_nibbles<true>(panel), fourth = load_nibbles<true>(panel + LANES);
       for (int i = 0; i < COUNT; ++i) {
-        part[i][0] += x[i][k + u] * first;
-        part[i][1] += x[i][k + u] * second;
-        part[i][0] += x[i][k + u + 1] * third;
-        part[i][1] += x[i][k + u + 1] * fourth;
+        group.template add<0>(i, x[i][k + u], first, second);
+        group.template add<1>(i, x[i][k + u + 1], third, fourth);
       }
-      __builtin_prefetch(panel + 4096, 0, 2);
+      __builtin_prefetch(panel + FAR, 0, 2);
     }
     for (int i = 0; i < COUNT; ++i) {
       const float total = group_sums[i][k / GROUP];
       for (int half = 0; half < 2; ++half) {
         const unsigned char* at = panel + half * LANES * 2;
-        sums[i][half] += part[i][half] * load_halves(at) + total * load_halves(at + PANEL * 2);
+        sums[i][half] += group.total(i, half) * load_halves(at) + total * load_halves(at + PANEL * 2);
       }
     }
     panel += PANEL * 4;

@@ -1,7 +1,7 @@
 // Vectors of float in the widest registers that the compiler was told of, and the few functions needed over them.
 //
 // The code is written once, with the vector extensions of GCC and Clang, and compiled once for each instruction set
-// (see build.py). LANES, ROWS and the panel width below are all that differs.
+// (see hatch_build.py). LANES, ROWS and the panel width below are all that differs.
 #pragma once
 
 #include <cmath>

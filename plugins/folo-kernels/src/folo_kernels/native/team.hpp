@@ -17,6 +17,7 @@ typedef void (*ParallelEntry)(void (*function)(void*), void* data, unsigned thre
 
 struct TeamSettings {
   ParallelEntry entry = nullptr;
+  int (*granted)() = nullptr;  // how many threads the runtime gave, which may be fewer than it was asked for
   int threads = 1;
   int num_cpus = 0;  // 0: threads are not bound
   int cpus[256] = {};
@@ -41,13 +42,15 @@ class Team {
  public:
   explicit Team(int threads) : threads_(threads) {}
 
-  int size() const { return threads_; }
+  // Every thread says so, before its first barrier.
+  void is_of(int threads) { threads_.store(threads, std::memory_order_relaxed); }
 
   // Wait until every thread of the team is here.
   void barrier() {
-    if (threads_ == 1) return next_.store(0, std::memory_order_relaxed);
+    const int threads = threads_.load(std::memory_order_relaxed);
+    if (threads == 1) return next_.store(0, std::memory_order_relaxed);
     const unsigned round = round_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
       arrived_.store(0, std::memory_order_relaxed);
       next_.store(0, std::memory_order_relaxed);
       round_.store(round + 1, std::memory_order_release);
@@ -72,7 +75,7 @@ class Team {
 #endif
   }
 
-  const int threads_;
+  std::atomic<int> threads_;
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<unsigned> round_{0};
   alignas(64) std::atomic<int64_t> next_{0};
@@ -119,7 +122,7 @@ class Bound {
 template <class Function>
 void run_team(Function&& function) {
   const TeamSettings& settings = team_settings();
-  const int threads = settings.entry == nullptr ? 1 : settings.threads;
+  const int threads = settings.entry == nullptr || settings.granted == nullptr ? 1 : settings.threads;
   struct Call {
     Function& function;
     Team team;
@@ -132,6 +135,7 @@ void run_team(Function&& function) {
     Call& call = *static_cast<Call*>(data);
     const bool is_caller = call.caller == &mark;
     const int thread = is_caller ? 0 : call.others.fetch_add(1);
+    if (const auto granted = team_settings().granted) call.team.is_of(granted());
     Bound bound(thread, is_caller);
     call.function(call.team, thread);
   };
