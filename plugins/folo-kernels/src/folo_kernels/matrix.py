@@ -36,6 +36,12 @@ class Epilogue(IntEnum):
     GELU_TANH_GATE = 3
 
 
+GATES = frozenset({Epilogue.SILU_GATE, Epilogue.GELU_TANH_GATE})
+
+MOST_PARTS = 4
+"""As many as ``Source`` of native/packing.hpp holds."""
+
+
 @attrs.frozen(slots=True)
 class Plain:
     """A linear layer's float32 weight ``[outputs, inputs]`` and bias ``[outputs]``."""
@@ -54,13 +60,13 @@ class PackedMatrix:
             ``activation(gate) * value``, and :meth:`multiply` must be given such an epilogue.
 
     Raises:
-        ValueError: the parts differ in dtype, device or inputs.
+        ValueError: the parts differ in dtype, device or inputs, there are too many, or they are no gate and its values.
     """
 
     def __init__(
         self, parts: Sequence[Plain], weight_format: Format = Format.FLOAT32, *, gated: bool = False
     ) -> None:
-        _check(parts)
+        _check(parts, gated=gated)
         self._library = native.load()
         self.outputs = sum(part.weight.shape[0] for part in parts)
         self.inputs = parts[0].weight.shape[1]
@@ -90,7 +96,15 @@ class PackedMatrix:
         return int(self._panels.nbytes)
 
     def multiply(self, x: torch.Tensor, epilogue: Epilogue = Epilogue.STORE) -> torch.Tensor:
-        """``x W^T + bias``: float32 ``[..., inputs] -> [..., outputs]``, half as many outputs if gated."""
+        """``x W^T + bias``: float32 ``[..., inputs] -> [..., outputs]``, half as many outputs if gated.
+
+        Raises:
+            ValueError: the kernels would read or write beyond what they are given.
+        """
+        if x.shape[-1] != self.inputs or x.dtype != torch.float32:
+            raise ValueError(f"x: {tuple(x.shape)} {x.dtype}: give rows of {self.inputs} inputs in float32")
+        if epilogue == Epilogue.ADD or (epilogue in GATES) != self.gated:
+            raise ValueError(f"epilogue: {epilogue.name}: give {'a gate' if self.gated else 'STORE'} for this matrix")
         rows = x.reshape(-1, self.inputs)
         if rows.stride(-1) != 1:
             rows = rows.contiguous()
@@ -127,7 +141,12 @@ class PackedMatrix:
         )
 
 
-def _check(parts: Sequence[Plain]) -> None:
+def _check(parts: Sequence[Plain], *, gated: bool) -> None:
+    sizes = [part.weight.shape[0] for part in parts]
+    if not 1 <= len(parts) <= MOST_PARTS:
+        raise ValueError(f"parts: {len(parts)}: give 1 to {MOST_PARTS}")
+    if gated and (len(parts) != 2 or sizes[0] != sizes[1]):  # noqa: PLR2004 (a gate and its values)
+        raise ValueError(f"parts: sizes {sizes}: give a gate and values of one size")
     for part in parts:
         for tensor in (part.weight, part.bias):
             if tensor is not None and (tensor.dtype != torch.float32 or tensor.device.type != "cpu"):
