@@ -1,5 +1,7 @@
 """Compiles the kernels, once for each instruction set, when the distribution is built or installed."""
 
+# ruff: noqa: INP001 (run by the build, not imported)
+
 from __future__ import annotations
 
 import hashlib
@@ -32,7 +34,7 @@ VARIANTS = {
 class CompileKernels(BuildHookInterface[Any]):
     """Puts compiled libraries into the wheel. Without a C++ compiler the wheel holds none, and Folo runs on torch."""
 
-    def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002 (hatchling's signature)
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile what is missing or older than its sources."""
         variants = VARIANTS.get(platform.machine(), {}) if sys.platform == "linux" else {}
         compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
@@ -57,6 +59,6 @@ def compile_variant(compiler: str, name: str, flags: list[str]) -> None:
     if library.is_file() and stamp.is_file() and stamp.read_text() == digest.hexdigest():
         return
     partial = library.with_suffix(f".{os.getpid()}.partial")
-    subprocess.run([compiler, *FLAGS, *flags, str(SOURCES / "kernels.cpp"), "-o", str(partial)], check=True)
+    subprocess.run([compiler, *FLAGS, *flags, str(SOURCES / "kernels.cpp"), "-o", str(partial)], check=True)  # noqa: S603 (a compiler)
     partial.replace(library)
     stamp.write_text(digest.hexdigest())

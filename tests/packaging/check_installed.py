@@ -18,6 +18,7 @@ DISTRIBUTIONS = {
     "folo-demo-model": "folo_demo_model",
     "folo-guidance": "folo_guidance",
     "folo-hf": "folo_hf",
+    "folo-kernels": "folo_kernels",
     "folo-sampling": "folo_sampling",
     "folo-schedulers": "folo_schedulers",
     "folo-speculative": "folo_speculative",
@@ -26,6 +27,9 @@ DISTRIBUTIONS = {
     "folo-third-party-sampler": "folo_third_party_sampler",
     "folo-third-party-strategy": "folo_third_party_strategy",
 }
+
+LIBRARIES = {"folo-kernels"}
+"""What plugins are built on; no plugins themselves."""
 
 
 def folo(*arguments: str) -> str:
@@ -48,10 +52,19 @@ def check_sources(root: Path) -> None:
 
 
 def check_plugins() -> None:
-    """Every distribution's plugin is found and none is broken."""
+    """The plugin of every distribution but libraries is found, and none is broken."""
     rows = json.loads(folo("plugins", "list", "--json"))
     status = {row["distribution"]: row["status"] for row in rows}
-    assert status == dict.fromkeys(DISTRIBUTIONS, "loaded"), status
+    assert status == dict.fromkeys(set(DISTRIBUTIONS) - LIBRARIES, "loaded"), status
+
+
+def check_kernels() -> None:
+    """The wheel was built with a compiler at hand, so it holds libraries, and one of them suits this processor."""
+    from folo_kernels.library import FOLDER, load
+
+    assert list(FOLDER.glob("*.so")), f"no compiled kernels in {FOLDER}"
+    assert "site-packages" in FOLDER.parts
+    assert load().vector_lanes >= 4
 
 
 def check_command_line() -> None:
@@ -105,6 +118,7 @@ def main() -> None:
     """Check everything; an assertion names what is wrong."""
     check_sources(Path(sys.argv[1]))
     check_plugins()
+    check_kernels()
     check_command_line()
     check_strategies()
     check_third_party_sampler()
