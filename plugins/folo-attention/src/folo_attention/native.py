@@ -59,7 +59,7 @@ class NativeBackend:
 
     def copy_blocks(self, sources: list[int], destinations: list[int]) -> None:
         """Copy whole blocks in every layer."""
-        source, destination = torch.tensor(sources), torch.tensor(destinations)
+        source, destination = (torch.tensor(blocks, dtype=torch.int64) for blocks in (sources, destinations))
         for tensor in self.store.tensors():
             tensor.index_copy_(0, destination, tensor.index_select(0, source))
 
