@@ -51,6 +51,14 @@ class Case:
         return [sum(chunks) for chunks in self.chunks]
 
 
+def caches(backend):
+    """Every layer's keys and values; the first dimension is the block, and writing to them writes to the backend."""
+    if hasattr(backend, "store"):
+        return backend.store.tensors()
+    slots, size = backend._num_slots, backend._block_size
+    return [cache[:slots].unflatten(0, (-1, size)) for cache in (*backend._keys, *backend._values)]
+
+
 @st.composite
 def cases(draw, chunks=(1, 1, 2, 5, 17, 40)):
     head_size = draw(st.sampled_from([4, 8, 17, 64]))
@@ -92,8 +100,8 @@ class Harness:
             v_head_size=None if case.v_head_size == case.head_size else case.v_head_size,
         )
         self.backend.allocate([spec, spec], self.num_blocks, size, self.device)
-        for cache in (*self.backend._keys, *self.backend._values):
-            cache[: self.num_blocks * size] = math.nan
+        for cache in caches(self.backend):
+            cache[: self.num_blocks] = math.nan
         self.queries = self.random_tensors(case.kv_heads * case.groups, case.head_size, dtype)
         self.keys = self.random_tensors(case.kv_heads, case.head_size, dtype)
         self.values = self.random_tensors(case.kv_heads, case.v_head_size, dtype)

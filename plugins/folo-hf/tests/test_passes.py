@@ -60,7 +60,7 @@ def test_siblings_share_a_product_whatever_their_order(bias, order, same_input):
 def test_a_full_round_computes_once_and_keeps_nothing(monkeypatch):
     block = Block(bias=True)
     PackLinears().run(block)
-    shared = block.q_proj._shared
+    shared = block.q_proj.shared
     calls = []
     monkeypatch.setattr(shared.linear, "forward", lambda x, inner=shared.linear.forward: calls.append(1) or inner(x))
     x = torch.randn(2, 24)
