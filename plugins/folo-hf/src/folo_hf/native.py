@@ -45,12 +45,16 @@ class NativeLinears:
         settled()
         replaced = 0
         head = getattr(model, "get_output_embeddings", lambda: None)()
+        gone: set[nn.Module] = set()
         for parent in list(model.modules()):
+            if parent in gone:
+                continue  # a replaced feed-forward's linears are packed already
             replaced += fuse(parent, ("q_proj", "k_proj", "v_proj"), self._share)
             for name, child in list(parent.named_children()):
                 new = self._replacement(child, is_head=child is head)
                 if new is not None:
                     setattr(parent, name, new)
+                    gone.add(child)
                     replaced += 1
         return replaced
 
