@@ -43,6 +43,7 @@ model_configs = st.builds(
     model=text,
     tokenizer=optional(text),
     dtype=st.sampled_from(["auto", "float32", "float16", "bfloat16", "half", "bf16", "FP32", "torch.float16"]),
+    quantization=st.sampled_from([None, "int8", "int4"]),
     device=st.sampled_from(["auto", "cpu", "cuda", "cuda:1", "mps"]),
     revision=optional(text),
     max_model_len=st.none(),
@@ -100,7 +101,8 @@ def engine_configs(draw: st.DrawFn, *, null: bool = True) -> EngineConfig:
     """Whole configurations; ``null=False`` for those whose untyped data TOML can hold."""
     length = draw(optional(st.integers(1, 10**6)))
     model = draw(model_configs)
-    fields = {name: getattr(model, name) for name in ("model", "dtype", "device", "seed", "revision", "chat_template")}
+    kept = ("model", "dtype", "quantization", "device", "seed", "revision", "chat_template")
+    fields = {name: getattr(model, name) for name in kept}
     return EngineConfig(
         model=ModelConfig(**fields, max_model_len=length),
         cache=draw(cache_configs()),
@@ -165,6 +167,7 @@ BAD_FIELDS: dict[type, dict[str, list[Any]]] = {
         "model": [*NO_TEXT, None],
         "tokenizer": NO_TEXT,
         "dtype": [*NO_TEXT, None, "int8", "float64", "float16x"],
+        "quantization": [*NO_TEXT, "int2", "INT8", "float32"],
         "device": [*NO_TEXT, None, "CUDA 0", "cuda:x", "0"],
         "revision": NO_TEXT,
         "max_model_len": [*NO_INT, 0, -1],

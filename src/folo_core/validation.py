@@ -7,6 +7,7 @@ unchanged: judging is the rule's work, because a converter that raised would hid
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 import re
@@ -242,9 +243,19 @@ def text(*, optional: bool = False, pattern: str = r"[^\0]+", mend: str = "must 
     return rule(lambda value: is_text(value) and bool(matches(value)), mend, optional=optional)
 
 
-def one_of(*choices: str) -> dict[str, Rule]:
-    """Metadata for one of a few words."""
-    return rule(lambda value: isinstance(value, str) and value in choices, f"must be one of {', '.join(choices)}")
+def one_of(*choices: str, optional: bool = False) -> dict[str, Rule]:
+    """Metadata for one of a few words, or None if ``optional``; the mend names the word that text comes close to."""
+    mend = f"must be one of {', '.join(choices)}" + (" or None" if optional else "")
+
+    def judge(value: object) -> str | None:
+        if not isinstance(value, str):
+            return None if value is None and optional else mend
+        if value in choices:
+            return None
+        close = difflib.get_close_matches(value, choices, n=1)
+        return f"{mend}; did you mean {close[0]!r}?" if close else mend
+
+    return {_RULE: judge}
 
 
 def _span(low: float | None, high: float | None, above: float | None = None) -> str:

@@ -175,6 +175,17 @@ def test_deterministic_refuses_a_model_that_does_not_promise_it() -> None:
         build(loader, InvariantBackend(), model="x", deterministic=True)
 
 
+def test_quantization_is_refused_where_the_loader_passes_it_over() -> None:
+    loader = LoaderPlugin()
+    with pytest.raises(ConfigError, match=r"quantization: 'int4': the loader of model 'x' gave weights in float32"):
+        build(loader, model="x", quantization="int4")
+    loader.model.info = attrs.evolve(loader.model.info, quantization="int8")
+    with pytest.raises(ConfigError, match="gave weights in int8"):
+        build(loader, model="x", quantization="int4")
+    assert build(loader, model="x", quantization="int8").model_info.quantization == "int8"
+    assert build(loader, model="x").model_info.quantization == "int8", "a loader may bring rounded weights of its own"
+
+
 def test_an_unknown_part_is_named_with_what_there_is() -> None:
     with pytest.raises(PluginError, match="did you mean 'fcfs'"):
         make_engine(policy="fcsf")

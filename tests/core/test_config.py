@@ -131,6 +131,18 @@ class TestFields:
     def test_other_dtypes_are_shown_as_given(self):
         assert problems(ModelConfig, dtype=torch.int8)[0].startswith("dtype: torch.int8: must be one of auto")
 
+    @pytest.mark.parametrize(
+        ("given_word", "mend"),
+        [
+            ("int_8", "must be one of int8, int4 or None; did you mean 'int8'?"),
+            ("int44", "must be one of int8, int4 or None; did you mean 'int4'?"),
+            ("awq", "must be one of int8, int4 or None"),
+            (8, "must be one of int8, int4 or None"),
+        ],
+    )
+    def test_an_unknown_quantization_is_refused_with_the_word_that_was_meant(self, given_word, mend):
+        assert problems(ModelConfig, quantization=given_word) == [f"quantization: {given_word!r}: {mend}"]
+
     def test_devices_of_torch_are_names(self):
         assert ModelConfig(model="demo", device=torch.device("cuda", 1)).device == "cuda:1"
 

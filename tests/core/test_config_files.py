@@ -179,6 +179,13 @@ class TestLayers:
         config = load({"model": "demo"}, env={"FOLO_MODEL__SEED": "4"}, options={"dtype": "half"})
         assert (config.model.model, config.model.seed, config.model.dtype) == ("demo", 4, "float16")
 
+    def test_quantization_comes_from_files_the_environment_and_options(self, tmp_path):
+        path = tmp_path / "folo.toml"
+        path.write_text('[model]\nmodel = "a"\nquantization = "int8"\n', encoding="utf-8")
+        assert load(path).model.quantization == "int8"
+        assert load(path, env={"FOLO_MODEL__QUANTIZATION": "int4"}).model.quantization == "int4"
+        assert load(path, options={"quantization": None}).model.quantization is None
+
     def test_the_environment_is_read_only_where_it_is_given(self, monkeypatch):
         monkeypatch.setenv("FOLO_CACHE__BLOCK_SIZE", "7")
         assert load({"model": "demo"}).cache.block_size == 16

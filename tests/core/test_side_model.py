@@ -230,6 +230,14 @@ def test_a_context_opens_a_side_model_by_name() -> None:
     assert_right(side, model, ["a"], [[1, 2, 3]])
 
 
+def test_its_weights_are_quantised_as_the_engines_are() -> None:
+    with pytest.raises(ConfigError, match="quantization: 'int4': the loader of model 'draft'"):
+        open_side(FakeModel(), quantization="int4")
+    model = FakeModel(seed=5)
+    model.info = attrs.evolve(model.info, quantization="int4")
+    assert_right(open_side(model, quantization="int4"), model, ["a"], [[1, 2, 3]])
+
+
 def test_its_memory_is_bounded_by_default() -> None:
     side = open_side(FakeModel(), num_blocks=None, max_num_seqs=3)
     assert side._empty.pool.num_usable == 3 * 256 // 4

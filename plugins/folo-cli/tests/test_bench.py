@@ -70,6 +70,7 @@ def test_throughput_alone(bench):
     report = json.loads(bench("throughput", *SMALL, "--json").stdout)
     workload = Workload.draw(0, 10, (2, 9), (3, 12), 64)
     assert report["requests"] == 10
+    assert (report["quantization"], report["weight_bytes"]) == (None, 0)
     assert report["output_tokens"] == sum(workload.output_lengths)
     assert report["prompt_tokens"] == sum(map(len, workload.prompts))
     rate = report["engines"]["folo"]
@@ -143,5 +144,5 @@ def test_threads_are_set_before_the_model_is_loaded(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("OMP_PROC_BIND", "true")
     monkeypatch.setattr("folo_core.llm.LLM", note)
-    bench_command._open("demo", "auto", 2, 100)
-    assert seen == {"model": "demo", "dtype": "auto", "max_num_seqs": 100, "threads": "2"}
+    bench_command._open("demo", "auto", "int4", 2, 100)
+    assert seen == {"model": "demo", "dtype": "auto", "quantization": "int4", "max_num_seqs": 100, "threads": "2"}

@@ -91,13 +91,13 @@ def test_an_unknown_subcommand_is_refused(monkeypatch: pytest.MonkeyPatch, capsy
 def test_one_prompt_streams_as_text(
     model: FakeModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert folo(monkeypatch, "generate", "hello", "--max-tokens", "6", "--model", "x", "--dtype", "float32") == 0
+    assert folo(monkeypatch, "generate", "hello", "--max-tokens", "6", "--model", "x", "--quantization", "int4") == 0
     captured = capsys.readouterr()
     tokenizer = TemplateTokenizer()
     tokens = model.expected_tokens(tokenizer.encode("hello"), 6)
     assert captured.out == tokenizer.decode(tokens, skip_special_tokens=True) + "\n"
     assert "tokens/s" in captured.err
-    assert model.opened == [("x", {"dtype": "float32", "max_model_len": None})]  # type: ignore[attr-defined]
+    assert model.opened == [("x", {"dtype": "auto", "quantization": "int4", "max_model_len": None})]  # type: ignore[attr-defined]
 
 
 def test_several_prompts_give_a_json_line_each(
@@ -308,7 +308,8 @@ def talk(monkeypatch: pytest.MonkeyPatch, *lines: Any) -> list[Any]:
 
     monkeypatch.setattr(chat_module, "Conversation", Kept)
     monkeypatch.setattr("builtins.input", Script(*lines))
-    assert folo(monkeypatch, "chat", "--max-tokens", "6", "--temperature", "0", "--system", "be brief") == 0
+    options = ["--max-tokens", "6", "--temperature", "0", "--system", "be brief", "--quantization", "int8"]
+    assert folo(monkeypatch, "chat", *options) == 0
     return conversations
 
 

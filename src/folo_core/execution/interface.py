@@ -36,6 +36,10 @@ class ModelInfo:
     eos_token_ids: tuple[int, ...] = ()
     """Tokens that end a generation unless ``ignore_eos``; from the generation config, else the config."""
     num_parameters: int = 0
+    quantization: str | None = None
+    """``int8`` or ``int4`` where the weights were rounded to it at load, else None."""
+    weight_bytes: int = 0
+    """Bytes that all weights take in memory as they are stored; 0 where the loader does not say."""
     batch_invariant: bool = False
     """The bits of a token's logits depend on its own sequence alone, given attention of which that is true; never on
     the number, the order or the sequences of the step's other tokens. ``deterministic`` needs it."""

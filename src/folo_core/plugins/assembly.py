@@ -50,7 +50,7 @@ def build_components(config: EngineConfig, registry: Registry) -> Components:
     loader = _choose_loader(config, registry).build(config)
     tokenizer = loader.load_tokenizer()
     model = loader.load_model(tokenizer)
-    _check_invariant(config, model.info)
+    _check_kept(config, model.info)
     attention = _choose_backend(config, model.info, registry)
     config, num_blocks = _size_cache(config, model, lambda: attention.build(config))
     block_bytes = config.cache.block_size * model.info.kv_bytes_per_token
@@ -113,6 +113,9 @@ def open_side_model(name: str, registry: Registry, context: SamplerContext) -> S
     ``max_num_seqs`` longest sequences need, but at most 2 GiB, and on the CPU a quarter of the free memory. On CUDA
     this memory and the weights come on top of the engine's share: leave room with ``gpu_memory_utilization``.
 
+    Its weights are quantised as the engine's are: whoever rounds the model to read fewer bytes a step wants that of a
+    draft all the more, and what a draft guesses is judged, so its errors cost speed alone.
+
     Raises:
         ConfigError: its tokens or its longest sequence do not fit the engine's.
         ModelLoadError: it cannot be loaded.
@@ -139,7 +142,7 @@ def open_side_model(name: str, registry: Registry, context: SamplerContext) -> S
     tokenizer = loader.load_tokenizer()
     model = loader.load_model(tokenizer)
     _check_side_model(name, model.info, tokenizer, context)
-    _check_invariant(config, model.info)
+    _check_kept(config, model.info)
     usable = config.cache.num_blocks or side_model_budget(config, model.info, model.device)
     empty = BlockTable(BlockPool(usable + 1), config.cache.block_size)
     backend = _choose_backend(config, model.info, registry).build(config)
@@ -198,6 +201,18 @@ def _choose_loader(config: EngineConfig, registry: Registry) -> Part:
         return registry.get("model_loaders", config.model.loader)
     able = [part for part in registry.all("model_loaders") if part.spec.can_load(name)]
     return _best(able, "model_loaders", f"load {name!r}", "loader")
+
+
+def _check_kept(config: EngineConfig, info: ModelInfo) -> None:
+    """Refuse a model that lacks what the configuration asks of it, whichever plugin loaded it."""
+    wanted = config.model.quantization
+    if wanted is not None and info.quantization != wanted:
+        message = (
+            f"model.quantization: {wanted!r}: the loader of model {config.model.model!r} gave weights in "
+            f"{info.quantization or info.dtype}: name a loader that quantises, such as hf, or leave quantization out"
+        )
+        raise ConfigError(message)
+    _check_invariant(config, info)
 
 
 def _check_invariant(config: EngineConfig, info: ModelInfo) -> None:

@@ -38,6 +38,7 @@ Rounds = Annotated[int, typer.Option(min=1, help="Interleaved rounds; medians ar
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads, for every contestant alike.")]
 Seed = Annotated[int, typer.Option(help="Draws prompts and lengths.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
+Quantization = Annotated[str | None, typer.Option(help="int8 or int4: round Folo's weights.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -91,10 +92,11 @@ def throughput(
     threads: Threads = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
     as_json: AsJson = False,
 ) -> None:
     """Output tokens per second of many requests at once."""
-    llm = _open(model, dtype, threads, requests)
+    llm = _open(model, dtype, quantization, threads, requests)
     ranges = _range(prompt_tokens), _range(output_tokens)
     workload = Workload.draw(seed, requests, *ranges, llm.engine.components.model_info.vocab_size)
     contestants = [Contestant("folo", lambda w: _folo(llm, w))]
@@ -123,10 +125,11 @@ def latency(
     threads: Threads = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
+    quantization: Quantization = None,
     as_json: AsJson = False,
 ) -> None:
     """Milliseconds to the first token, and for each further token, of one request alone."""
-    llm = _open(model, dtype, threads, 1)
+    llm = _open(model, dtype, quantization, threads, 1)
     sizes = (prompt_tokens, prompt_tokens), (output_tokens, output_tokens)
     workload = Workload.draw(seed, 1, *sizes, llm.engine.components.model_info.vocab_size)
     contestants = [Contestant("folo", lambda w: _folo(llm, w))]
@@ -144,14 +147,14 @@ def latency(
     _print(report | _compare(whole), as_json=as_json)
 
 
-def _open(model: str, dtype: str, threads: int | None, requests: int) -> LLM:
+def _open(model: str, dtype: str, quantization: str | None, threads: int | None, requests: int) -> LLM:
     """Load the model. Threads are set, and bound to cores, before torch is imported: for all contestants alike."""
     os.environ.setdefault("OMP_PROC_BIND", "true")
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
     from folo_core.llm import LLM
 
-    return LLM(model=model, dtype=dtype, max_num_seqs=max(requests, 64))
+    return LLM(model=model, dtype=dtype, quantization=quantization, max_num_seqs=max(requests, 64))
 
 
 def _open_peer(llm: LLM, name: str) -> Peer:
@@ -263,6 +266,8 @@ def _describe(llm: LLM, workload: Workload, measured: dict[str, Measurement]) ->
         "model": info.architecture,
         "parameters": info.num_parameters,
         "dtype": info.dtype,
+        "quantization": info.quantization,
+        "weight_bytes": info.weight_bytes,
         "device": info.device,
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
         "cores": len(CPUS),

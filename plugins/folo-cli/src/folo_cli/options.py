@@ -29,6 +29,7 @@ Fields = Annotated[
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
+Quantization = Annotated[str | None, typer.Option(help="int8 or int4: round the weights to read fewer bytes a step.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest sequence, in tokens.")]
 
 

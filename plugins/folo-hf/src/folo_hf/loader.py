@@ -19,7 +19,7 @@ from folo_hf.device import TorchProbe, resolve_device, resolve_dtype
 from folo_hf.gguf import converted
 from folo_hf.invariance import STEADY_PASSES, settle
 from folo_hf.model import HfLoadedModel
-from folo_hf.native import NativeLinears
+from folo_hf.native import NativeLinears, check_quantised, weight_bytes, weight_format
 from folo_hf.passes import PASSES, run_passes
 from folo_hf.peer import TransformersPeer
 from folo_hf.positions import position_limit, settle_rope
@@ -89,13 +89,14 @@ class HfLoader:
         """The model on its device in its resolved dtype (see ``ModelLoader``).
 
         Raises:
-            ConfigError: ``deterministic`` is on, and the device or the dtype does not allow it.
+            ConfigError: ``deterministic`` or ``quantization`` is on, and the device or the dtype does not allow it.
             ModelLoadError: the model cannot be loaded.
             UnsupportedModelError: it cannot run through paged attention, or not deterministically.
         """
         device, dtype = self._placement
         if self._deterministic:
             _check_placement(device, dtype)
+        weights = weight_format(self._config.quantization, device, dtype, deterministic=self._deterministic)
         config = self._screened
         bridge = AttentionBridge()
         try:
@@ -104,8 +105,9 @@ class HfLoader:
                 fit_vocabulary(module, len(tokenizer))
             settle_rope(module, self._config.max_model_len)
             num_parameters = module.num_parameters()
-            passes = PASSES + STEADY_PASSES if self._deterministic else (NativeLinears(), *PASSES)
+            passes = PASSES + STEADY_PASSES if self._deterministic else (NativeLinears(weights), *PASSES)
             done = run_passes(module, device, getattr(torch, dtype), passes)
+            check_quantised(module, self._config.quantization)
             shape = probe(module, bridge)
             decoder = native_decoder(module, bridge, shape) if NativeLinears.name in done else None
             guard = settle(module, bridge) if self._deterministic else contextlib.nullcontext
@@ -122,6 +124,8 @@ class HfLoader:
             device=device,
             eos_token_ids=_eos_token_ids(module),
             num_parameters=num_parameters,
+            quantization=self._config.quantization,
+            weight_bytes=weight_bytes(module),
             batch_invariant=self._deterministic,
         )
         return HfLoadedModel(module, bridge, shape, info, guard, decoder)

@@ -10,10 +10,11 @@ from folo_kernels.matrix import Epilogue, Format, PackedMatrix, Plain
 from torch import nn
 from torch.nn import functional
 
-from folo_hf.passes import FusedPart, SharedProduct, fuse, plain
+from folo_core.errors import ConfigError, UnsupportedModelError
+from folo_hf.passes import FusedPart, PackedLinear, PackedProduct, SharedProduct, fuse, plain
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 GATES: dict[Epilogue, Callable[[torch.Tensor], torch.Tensor]] = {
     Epilogue.SILU_GATE: functional.silu,
@@ -117,6 +118,69 @@ class NativeMlp(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., hidden] -> [..., hidden]``."""
         return self.down.multiply(self.gate_up.multiply(x, self.gate))
+
+
+def weight_format(quantization: str | None, device: str, dtype: str, *, deterministic: bool) -> Format:
+    """How a configuration wants its weights stored.
+
+    Raises:
+        ConfigError: they are to be quantised, and cannot be: the message says why, and what to give instead.
+    """
+    if quantization is None:
+        return Format.FLOAT32
+    reason = mend = None
+    if deterministic:
+        reason, mend = "is not among what deterministic=True promises the same bits for", "give one of the two up"
+    elif device != "cpu" or dtype != "float32":
+        reason = f"the model is to run in {dtype} on {device}, and only float32 on a CPU computes with rounded weights"
+        mend = 'give device="cpu" and dtype="float32" (or "auto"), or leave quantization out'
+    elif (missing := why_not()) is not None:
+        reason, mend = f"takes folo_kernels, which cannot be used here: {missing}", "or leave quantization out"
+    if reason is not None:
+        raise ConfigError(f"model.quantization: {quantization!r}: {reason}; {mend}")
+    return Format[quantization.upper()]
+
+
+def check_quantised(model: nn.Module, quantization: str | None) -> None:
+    """Refuse a model most of whose products read weights that were not rounded, such as stacked experts.
+
+    Raises:
+        UnsupportedModelError: it is one.
+    """
+    if quantization is None:
+        return
+    embeddings = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)}
+    plain_weights = sum(each.numel() for each in model.parameters() if id(each) not in embeddings)
+    rounded = sum(matrix.outputs * matrix.inputs for matrix in packed_matrices(model))
+    if rounded <= plain_weights:
+        raise UnsupportedModelError(
+            f"model.quantization: {quantization!r}: of {type(model).__name__}, {plain_weights} weights are in no "
+            f"linear layer that can be rounded, and only {rounded} are: leave quantization out"
+        )
+
+
+def packed_matrices(model: nn.Module) -> Iterator[PackedMatrix]:
+    """Every matrix that the kernels multiply by, once each."""
+    for module in model.modules():
+        if isinstance(module, NativeMlp):
+            yield from (module.gate_up, module.down)
+        elif isinstance(module, NativeLinear):
+            yield module.matrix
+    yield from (product.matrix for product in _products(model) if isinstance(product, NativeProduct))
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all weights as they are stored."""
+    plain_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    linears += [product.linear for product in _products(model) if isinstance(product, PackedProduct)]
+    packed = sum(4 * linear.in_features * linear.out_features for linear in linears)
+    return plain_bytes + packed + sum(matrix.nbytes for matrix in packed_matrices(model))
+
+
+def _products(model: nn.Module) -> list[SharedProduct]:
+    found = {id(part.shared): part.shared for part in model.modules() if isinstance(part, FusedPart)}
+    return list(found.values())
 
 
 def shared_matrix(parent: nn.Module, names: Sequence[str]) -> PackedMatrix | None:

@@ -88,6 +88,7 @@ def trace(  # noqa: PLR0913, PLR0917 (as many options as the command has)
     prompts_file: options.PromptsFile = None,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap each prompt in the model's chat template.")] = False,  # noqa: FBT002 (a flag)
     dtype: options.Dtype = None,
+    quantization: options.Quantization = None,
     max_model_len: options.MaxModelLen = None,
     block_size: options.BlockSize = None,
     num_blocks: options.NumBlocks = None,
@@ -111,6 +112,7 @@ def trace(  # noqa: PLR0913, PLR0917 (as many options as the command has)
     engine = options.engine_options(
         model=model,
         dtype=dtype,
+        quantization=quantization,
         max_model_len=max_model_len,
         block_size=block_size,
         num_blocks=num_blocks,

@@ -37,6 +37,7 @@ def top(  # noqa: PLR0913, PLR0917 (as many options as the command has)
     shared_tokens: Annotated[int, typer.Option(min=0, help="Tokens that all random prompts begin with.")] = 0,
     tenants: Annotated[int, typer.Option(min=1, help="Tenants that send the prompts, in turn.")] = 1,
     dtype: options.Dtype = None,
+    quantization: options.Quantization = None,
     max_model_len: options.MaxModelLen = None,
     block_size: options.BlockSize = None,
     num_blocks: options.NumBlocks = None,
@@ -59,6 +60,7 @@ def top(  # noqa: PLR0913, PLR0917 (as many options as the command has)
     engine = options.engine_options(
         model=model,
         dtype=dtype,
+        quantization=quantization,
         max_model_len=max_model_len,
         block_size=block_size,
         num_blocks=num_blocks,
