@@ -47,8 +47,9 @@ def load(folder, quantization, **fields):
 )
 def test_what_cannot_be_quantised_is_refused_before_weights_are_read(quantization, fields, hardware, words, tmp_path):
     loader = make_loader(tmp_path, hardware, quantization=quantization, skip_tokenizer_init=True, **fields)
-    with pytest.raises(ConfigError, match=f"model.quantization: '{quantization}': .*{words}"):
-        loader.load_model(None)
+    for load_part in (loader.load_tokenizer, lambda: loader.load_model(None)):
+        with pytest.raises(ConfigError, match=f"model.quantization: '{quantization}': .*{words}"):
+            load_part()
 
 
 def test_without_compiled_kernels_it_is_refused(tmp_path, monkeypatch):

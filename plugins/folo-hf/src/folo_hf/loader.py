@@ -33,6 +33,7 @@ from folo_hf.vocabulary import fit_vocabulary
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from folo_kernels.matrix import Format
     from transformers import PretrainedConfig, PreTrainedModel
 
     from folo_core.config import EngineConfig
@@ -59,6 +60,11 @@ class HfLoader:
         return device, resolve_dtype(self._config.dtype, device, self._hardware)
 
     @cached_property
+    def _weights(self) -> Format:
+        """How weights are stored, once nothing speaks against it."""
+        return weight_format(self._config.quantization, *self._placement, deterministic=self._deterministic)
+
+    @cached_property
     def _folder(self) -> Path:
         """The model's folder of safetensors, fetched or converted if need be."""
         return self._as_folder(locate(self._config.model, self._config.revision))
@@ -78,6 +84,7 @@ class HfLoader:
 
     def load_tokenizer(self) -> HfTokenizer | None:
         """The model's tokenizer, mended (see ``ModelLoader``)."""
+        _ = self._weights  # refused before a GGUF file is converted
         if self._config.skip_tokenizer_init:
             return None
         # What is wrong with the model itself is said first: a tokenizer is read with the model's configuration.
@@ -96,7 +103,7 @@ class HfLoader:
         device, dtype = self._placement
         if self._deterministic:
             _check_placement(device, dtype)
-        weights = weight_format(self._config.quantization, device, dtype, deterministic=self._deterministic)
+        weights = self._weights
         config = self._screened
         bridge = AttentionBridge()
         try:

@@ -10,6 +10,7 @@ import torch
 from folo_kernels.store import BlockStore, PackedStep
 
 from folo_hf.attention import PagedTarget
+from folo_hf.native import packed_matrices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,6 +36,8 @@ class HfLoadedModel:
         decoder: NativeDecoder | None = None,
     ) -> None:
         self.module = module
+        self.matrices = list(packed_matrices(module))
+        """What the kernels multiply by, the head last."""
         self.info = info
         self.kv_cache_specs = shape.specs
         self.device = module.device

@@ -160,13 +160,17 @@ def check_quantised(model: nn.Module, quantization: str | None) -> None:
 
 
 def packed_matrices(model: nn.Module) -> Iterator[PackedMatrix]:
-    """Every matrix that the kernels multiply by, once each."""
+    """Every matrix that the kernels multiply by, once each, in the order of the model's modules."""
+    seen: set[int] = set()
     for module in model.modules():
         if isinstance(module, NativeMlp):
             yield from (module.gate_up, module.down)
         elif isinstance(module, NativeLinear):
             yield module.matrix
-    yield from (product.matrix for product in _products(model) if isinstance(product, NativeProduct))
+        elif isinstance(module, FusedPart) and isinstance(module.shared, NativeProduct):
+            if id(module.shared) not in seen:
+                yield module.shared.matrix
+            seen.add(id(module.shared))
 
 
 def weight_bytes(model: nn.Module) -> int:
