@@ -33,7 +33,6 @@ from folo_hf.vocabulary import fit_vocabulary
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from folo_kernels.matrix import Format
     from transformers import PretrainedConfig, PreTrainedModel
 
     from folo_core.config import EngineConfig
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from folo_hf.device import HardwareProbe
     from folo_hf.source import Source
     from folo_hf.tokenizer import HfTokenizer
+    from folo_kernels.matrix import Format
 
 logger = logging.getLogger(__name__)
 
