@@ -30,7 +30,7 @@ LIBRARIES = ["folo-kernels"]  # plugins are built on them; they offer no hook of
 STRATEGIES = ["folo-best-of", "folo-beam", "folo-speculative", "folo-guidance", "folo-tree-search"]
 PLUGINS = [*LIBRARIES, *PREINSTALLED, *STRATEGIES, "folo-trace", "folo-demo-model"]
 SUITES = {
-    "core": ["tests/core", "tests/docs"],
+    "core": ["tests/core", "tests/docs", "tests/bench"],
     **{name: [f"plugins/{name}/tests"] for name in PLUGINS},
     "end-to-end": ["tests/end_to_end", "tests/third_party"],
 }
@@ -213,6 +213,17 @@ def docs(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Print what hooks, validation, sampling, forks and scheduling cost. ``-- NAME`` runs one of them."""
     shared(session, "python", "bench/run_all.py", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def peers(session: nox.Session) -> None:
+    """Measure Folo beside other engines on this processor; each gets an environment of its own on first use.
+
+    ``-- --workloads C1,C2 --engines folo,vllm --rounds 3`` measures some of them; docs/how-to says more.
+    """
+    if any(argument.startswith("--plot") for argument in session.posargs):
+        shared(session, "python", "-m", "pip", "install", "--quiet", *group("bench"))
+    shared(session, "python", "bench/cpu/run.py", *session.posargs)
 
 
 @nox.session(venv_backend="none")
