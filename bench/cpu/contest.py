@@ -148,7 +148,7 @@ class Contest:
             self.say(f"starting {ENGINES[candidate.engine].shown} ({candidate.name})")
             options = json.dumps(self.model | candidate.options)
             command = [python, "-P", str(HERE / "worker.py"), candidate.engine, options]
-            self.running[key] = Worker(command, candidate.environment(), f"{candidate.engine}-{candidate.name}")
+            self.running[key] = Worker(command, candidate.environment(python), f"{candidate.engine}-{candidate.name}")
             self.versions[candidate.engine] = self.running[key].describes
         self.running[key].warm(workload, self.limit)
         return self.running[key]

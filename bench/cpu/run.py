@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import platform
@@ -63,12 +64,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--model", choices=models.MODELS, default="demo", help="the demo model (default) or Gemma 3 270M")
     add("--rounds", type=int, default=3, help="measured rounds of each workload (default 3)")
     add("--tune", action="store_true", help="try each engine's candidates, store the fastest, and measure nothing else")
+    add("--candidates", type=lambda text: text.split(","), metavar="A,B", help="with --tune: try only those")
     add("--limit", type=float, default=300.0, help="seconds that one run may take (default 300)")
     add("--json", type=Path, metavar="FILE", help="write all runs and the summary")
     add("--resume", type=Path, metavar="FILE", help="add rounds to such a file; it is written after every round")
     add("--plot", type=Path, metavar="FILE", help="draw a picture (needs the dependency group bench)")
     add("--lock", type=Path, metavar="FILE", help="hold this file's lock (flock) while engines compute, and only then")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot: matplotlib is not installed; `nox -s peers` installs it, or: pip install matplotlib")
+    return args
 
 
 @contextlib.contextmanager
@@ -161,7 +166,8 @@ class Session:
         """Try every candidate ``--rounds`` times, keep the one with the fastest run, and store it."""
         for engine in self.args.engines:
             fastest: dict[str, float] = {}
-            for candidate in self.table.suited(engine, workload.name):
+            suited = self.table.suited(engine, workload.name)
+            for candidate in [c for c in suited if c.name in (self.args.candidates or [c.name])]:
                 with held(self.args.lock), contextlib.suppress(SkippedError):
                     fastest[candidate.name] = self.attempt(candidate, workload)
             if fastest:

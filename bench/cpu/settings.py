@@ -33,14 +33,19 @@ class Candidate:
         """What the engine's script is told."""
         return {"threads": self.threads, **self.more}
 
-    def environment(self) -> dict[str, str]:
+    def environment(self, python: str) -> dict[str, str]:
         """Return the environment variables of its process: threads bound to cores, or left to the system."""
+        folder = str(Path(python).parents[1])
         binding = "true" if self.bind else "false"
         affinity = "granularity=fine,compact" if self.bind else "disabled"
         threads = str(self.threads)
         # PyTorch's and llama.cpp's OpenMP is GNU's; CTranslate2 and vLLM bring Intel's, which has a name of its own.
         common = {"OMP_NUM_THREADS": threads, "OMP_PROC_BIND": binding, "KMP_AFFINITY": affinity}
-        return common | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | self.env
+        return (
+            common
+            | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+            | {name: value.replace("{environment}", folder) for name, value in self.env.items()}
+        )
 
 
 @attrs.define

@@ -104,10 +104,12 @@ def test_an_engine_without_a_candidate_is_skipped_with_the_reason():
 
 
 def test_threads_are_bound_unless_a_candidate_says_otherwise():
-    bound = Candidate(engine="vllm", name="a", workloads=[]).environment()
+    bound = Candidate(engine="vllm", name="a", workloads=[]).environment("/peer/bin/python")
     assert (bound["OMP_NUM_THREADS"], bound["OMP_PROC_BIND"]) == ("2", "true")
-    loose = Candidate(engine="vllm", name="a", workloads=[], threads=1, bind=False, env={"X": "y"}).environment()
-    assert (loose["OMP_NUM_THREADS"], loose["OMP_PROC_BIND"], loose["X"]) == ("1", "false", "y")
+    loose = Candidate(
+        engine="vllm", name="a", workloads=[], threads=1, bind=False, env={"X": "{environment}/lib"}
+    ).environment("/peer/bin/python")
+    assert (loose["OMP_NUM_THREADS"], loose["OMP_PROC_BIND"], loose["X"]) == ("1", "false", "/peer/lib")
 
 
 def test_tuning_keeps_what_people_wrote(tmp_path):
@@ -322,6 +324,13 @@ def test_unknown_names_are_refused_with_those_there_are(capsys):
     with pytest.raises(SystemExit):
         harness.parse(["--engines", "folo,vlm"])
     assert "vlm: there are folo, transformers" in capsys.readouterr().err
+
+
+def test_a_picture_needs_a_library_and_says_so_before_anything_is_measured(capsys, monkeypatch):
+    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        harness.parse(["--plot", "out.png"])
+    assert "--plot: matplotlib is not installed" in capsys.readouterr().err
 
 
 def test_the_picture_is_drawn(results, tmp_path):
