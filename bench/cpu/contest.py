@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import threading
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 START_LIMIT = 900.0
 """Seconds within which an engine must have loaded: the first time it may convert its model or compile."""
 
+GRACE = 20.0
+"""Seconds that an idle engine gets to end."""
+
 
 class Worker:
     """A process with one engine in it, set as one candidate says. It sleeps unless it is told to do something."""
@@ -33,8 +38,9 @@ class Worker:
         with self._log.open("w", encoding="utf-8") as log:
             self.process = subprocess.Popen(
                 [*command], env=os.environ | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                text=True,
+                text=True, start_new_session=True,
             )  # fmt: skip
+        self._busy = True
         self._answers: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
         try:
@@ -57,19 +63,24 @@ class Worker:
         return answer["seconds"], answer["ids"]
 
     def close(self) -> None:
-        """End the process, politely if it waits for commands."""
+        """End the process: at its own pace if it waits for commands, at once if it is in the middle of something."""
         assert self.process.stdin is not None
         self.process.stdin.close()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(0 if self._busy else GRACE)
+        self.kill()
+
+    def kill(self) -> None:
+        """End the process and those that it started."""
+        with contextlib.suppress(ProcessLookupError):  # none of them is left
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
     def _ask(self, command: str, workload: Workload, limit: float) -> dict[str, Any]:
         assert self.process.stdin is not None
         if self.process.poll() is not None:
             raise SkippedError(f"its process has ended: {reason_in(self._log)}")
+        self._busy = True
         print(json.dumps({"command": command, "workload": workload.message()}), file=self.process.stdin, flush=True)
         return self._answer(limit)
 
@@ -82,8 +93,9 @@ class Worker:
     def _answer(self, limit: float) -> dict[str, Any]:
         try:
             line = self._answers.get(timeout=limit)
+            self._busy = False
         except queue.Empty:
-            self.process.kill()
+            self.kill()
             raise SkippedError(f"not finished in {limit:.0f} s") from None
         if not line:
             raise SkippedError(f"its process ended: {reason_in(self._log)}")

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from pathlib import Path
@@ -92,6 +93,7 @@ def held(lock: Path | None) -> Iterator[None]:
 def main() -> int:
     """Tune, or measure and show what came out."""
     args = parse()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the engines end, too
     sizes = {"longest": max(w.longest for w in WORKLOADS.values()), "width": 32}
     contest = Contest(models.files(args.model) | sizes, say, limit=args.limit)
     results = read(args.resume) if args.resume and args.resume.exists() else verdict.Results()

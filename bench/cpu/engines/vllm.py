@@ -6,7 +6,11 @@ from typing import Any
 
 
 class Vllm:
-    """One engine; the prefix cache is off, because every round sends the same prompts."""
+    """One engine.
+
+    The prefix cache is off, because every round sends the same prompts; but for beam search, which sends all beams
+    anew for each token and can do with nothing less. It is emptied before each run.
+    """
 
     def __init__(self, options: dict[str, Any]) -> None:
         import torch
@@ -15,8 +19,7 @@ class Vllm:
         self._llm: Any = vllm.LLM(
             model=options["weights"], dtype="float32", max_model_len=options["longest"],
             max_num_seqs=options.get("max_num_seqs", options["width"]), enforce_eager=options["eager"],
-            enable_prefix_caching=False, skip_tokenizer_init=options.get("skip_tokenizer_init", True),
-            disable_log_stats=True, seed=0,
+            enable_prefix_caching=options.get("prefix_caching", False), disable_log_stats=True, seed=0,
         )  # fmt: skip
         self.describes = {"vllm": vllm.__version__, "torch": torch.__version__}
 
@@ -24,6 +27,7 @@ class Vllm:
         """Send all requests at once."""
         from vllm import SamplingParams
 
+        self._llm.reset_prefix_cache()
         prompts = [{"prompt_token_ids": prompt} for prompt in workload["prompts"]]
         if workload["kind"] == "beam":
             return self._beam(prompts, workload)
