@@ -52,6 +52,7 @@ def load(name: str, options: dict[str, Any]) -> Any:  # noqa: ANN401 (each engin
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module.load(options)
 
