@@ -69,7 +69,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--candidates", type=lambda text: text.split(","), metavar="A,B", help="with --tune: try only those")
     add("--limit", type=float, default=300.0, help="seconds that one run may take (default 300)")
     add("--json", type=Path, metavar="FILE", help="write all runs and the summary")
-    add("--resume", type=Path, metavar="FILE", help="add rounds to such a file; it is written after every round")
+    add("--resume", type=Path, metavar="FILE", help="add rounds to such a file; it is written after every run")
     add("--plot", type=Path, metavar="FILE", help="draw a picture (needs the dependency group bench)")
     add("--lock", type=Path, metavar="FILE", help="hold this file's lock (flock) while engines compute, and only then")
     args = parser.parse_args(arguments)
@@ -134,8 +134,7 @@ class Session:
                 for engine in list(ready) if number % 2 else list(ready)[::-1]:
                     if not self.turn(*ready[engine], workload, number):
                         del ready[engine]
-            for path in filter(None, (self.args.json, self.args.resume)):
-                write(self.results, self.contest, self.args, path)
+                    self.keep()
 
     def enter(self, workload: Workload) -> dict[str, tuple[Candidate, Worker]]:
         """Start and warm up the engines that can do a workload; note why the others cannot."""
@@ -164,6 +163,11 @@ class Session:
         if workload.kind == "greedy":
             self.results.answers.setdefault(workload.name, {})[engine] = ids
         return True
+
+    def keep(self) -> None:
+        """Write what is known so far, so that an interruption loses one run at most."""
+        for path in filter(None, (self.args.json, self.args.resume)):
+            write(self.results, self.contest, self.args, path)
 
     def tune(self, workload: Workload) -> None:
         """Try every candidate ``--rounds`` times, keep the one with the fastest run, and store it."""
