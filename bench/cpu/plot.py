@@ -51,8 +51,4 @@ def _panel(axis: Any, results: Results, name: str) -> None:  # noqa: ANN401 (mat
     axis.spines[["top", "right"]].set_visible(False)
     better = "less" if workload.unit == "ms/token" else "more"
     axis.set_xlabel(f"{workload.unit} ({better} is better)")
-    axis.set_title(f"{name}: {_short(workload.help)}", loc="left", fontsize=10)
-
-
-def _short(text: str, longest: int = 68) -> str:
-    return text if len(text) <= longest else text[: text.rfind(" ", 0, longest)] + " ..."
+    axis.set_title(f"{name}: {workload.short}", loc="left", fontsize=10)

@@ -25,6 +25,7 @@ class Workload:
     """Requests that are sent at once, and how their tokens are chosen. End-of-sequence tokens are ignored."""
 
     name: str
+    short: str
     help: str
     kind: str
     """``greedy``, ``beam`` or ``sample``."""
@@ -49,7 +50,7 @@ class Workload:
 
     def message(self) -> dict[str, Any]:
         """Return what a worker is told."""
-        return attrs.asdict(self, filter=lambda field, _: field.name not in {"help", "unit"})
+        return attrs.asdict(self, filter=lambda field, _: field.name not in {"short", "help", "unit"})
 
     def result(self, seconds: float) -> float:
         """Return a run's figure in this workload's unit."""
@@ -63,12 +64,17 @@ def draw(count: int, low: int, high: int | None = None) -> list[list[int]]:
     return [[generator.randint(LOWEST_ID, HIGHEST_ID) for _ in range(length)] for length in lengths]
 
 
+def _bits(quantised: bool) -> str:  # noqa: FBT001 (the field's value)
+    return ", low-bit weights" if quantised else ""
+
+
 def _mixed(name: str, *, quantised: bool) -> Workload:
     generator = random.Random(SEED)  # noqa: S311 (a workload, not a secret)
     for _ in range(32):
         generator.randint(*LENGTHS_PROMPT)  # what draw() takes for the prompts' lengths
     return Workload(
         name=name,
+        short=f"32 mixed requests at once{_bits(quantised)}",
         help="32 requests at once, prompts of 16-256 tokens, answers of 16-128, greedy",
         kind="greedy",
         prompts=draw(32, *LENGTHS_PROMPT),
@@ -80,6 +86,7 @@ def _mixed(name: str, *, quantised: bool) -> Workload:
 def _single(name: str, *, quantised: bool) -> Workload:
     return Workload(
         name=name,
+        short=f"one request alone{_bits(quantised)}",
         help="one request, a prompt of 64 tokens, 64 new ones, greedy",
         kind="greedy",
         prompts=draw(1, 64),
@@ -96,6 +103,7 @@ WORKLOADS: dict[str, Workload] = {
         _single("C2", quantised=False),
         Workload(
             name="C3",
+            short="8 beam searches of width 4",
             help="beam search of width 4 for 8 prompts of 64 tokens, 64 new; the best answer's tokens count",
             kind="beam",
             prompts=draw(8, 64),
@@ -104,6 +112,7 @@ WORKLOADS: dict[str, Workload] = {
         ),
         Workload(
             name="C4",
+            short="8 samples of one prompt",
             help="8 answers drawn at temperature 1 for one prompt of 256 tokens, 64 new each",
             kind="sample",
             prompts=draw(1, 256),
