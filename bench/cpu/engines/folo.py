@@ -33,7 +33,8 @@ class Folo:
         try:
             EngineConfig.from_options(model=options["weights"], **chosen)
         except ConfigError as error:
-            raise NotImplementedError(f"this version of Folo refuses it: {str(error).splitlines()[0]}") from error
+            reason = str(error).splitlines()[0].partition(";")[0]
+            raise NotImplementedError(f"this version of Folo refuses it: {reason}") from error
         return chosen
 
     def run(self, workload: dict[str, Any]) -> list[list[int]]:
