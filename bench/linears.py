@@ -1,8 +1,8 @@
 """How fast linear layers are for every number of rows, beside oneDNN's packed product and the machine's best rate.
 
 Shapes are those of one layer of the demo model, over more weights than caches hold, as in a step. Kinds are timed in
-turns, so that a slow minute meets all of them; a figure is the best of all turns. The machine's best rate is the best of
-products of 1024 and of 2048 squared matrices by torch and by the kernels, in the same turns.
+turns, so that a slow minute meets all of them; a figure is the best of all turns. The machine's best rate is that of
+products of 1024 and of 2048 squared matrices, by torch or by the kernels, in the same turns.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from folo_kernels.store import BlockStore, LayerShape, PackedStep
 
 from folo_attention.host import HostBlocks
+from folo_kernels.store import BlockStore, LayerShape, PackedStep
 
 if TYPE_CHECKING:
     from folo_core.attention.interface import AttentionMetadata, KVCacheSpec
@@ -23,7 +23,7 @@ class NativeBackend:
     wants_device_metadata = False
     store: BlockStore
 
-    def allocate(self, specs: list[KVCacheSpec], num_blocks: int, block_size: int, device: torch.device) -> None:  # noqa: ARG002 (the protocol's signature)
+    def allocate(self, specs: list[KVCacheSpec], num_blocks: int, block_size: int, device: torch.device) -> None:
         """Allocate zeroed blocks for each layer (see ``AttentionBackend``)."""
         shapes = [
             LayerShape(kv_heads=s.num_kv_heads, key_size=s.head_size, value_size=s.v_head_size or s.head_size)

@@ -62,7 +62,7 @@ def _fixed_supports(device: str, dtype: str) -> str | None:
 
 @hookimpl
 def folo_attention_backends() -> Sequence[AttentionBackendSpec]:
-    """Offer ``sdpa`` (PyTorch's own operators), ``native`` (Folo's CPU kernels) and ``fixed-order`` (invariant bits)."""
+    """Offer ``sdpa`` (torch's own operators), ``native`` (Folo's CPU kernels) and ``fixed-order`` (invariant bits)."""
     return [
         AttentionBackendSpec(
             name="sdpa",

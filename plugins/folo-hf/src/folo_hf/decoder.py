@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from folo_kernels.decoder import DecoderStack, LayerWeights, normalise
-from folo_kernels.store import BlockStore, LayerShape, PackedStep
 from torch import nn
 
 from folo_hf.native import NativeLinear, NativeMlp, shared_matrix
 from folo_hf.probe import FIRST, SECOND_HEAD, SECOND_TAIL, DenseTarget, packed_logits, run, tokens
+from folo_kernels.decoder import DecoderStack, LayerWeights, normalise
+from folo_kernels.store import BlockStore, LayerShape, PackedStep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -102,7 +102,9 @@ class NativeDecoder:
         if self._stack is None or self.step is None:
             raise RuntimeError("a native layer ran outside a step")
         if len(rotary) != len(self._weights) or hidden.shape != (self.step.num_tokens, self._hidden_size):
-            raise RuntimeError(f"hidden states {tuple(hidden.shape)}: expected the step's {self.step.num_tokens} tokens")
+            raise RuntimeError(
+                f"hidden states {tuple(hidden.shape)}: expected the step's {self.step.num_tokens} tokens"
+            )
         self._stack.run(hidden, rotary, self.step)
         return hidden
 
@@ -167,7 +169,7 @@ class _Place(nn.Module):
 
 
 def native_decoder(model: PreTrainedModel, bridge: AttentionBridge, shape: ModelShape) -> NativeDecoder | None:
-    """Return the model's layers as a native stack, tried against the layers themselves; None if they are not of its kind.
+    """Return the model's layers as a native stack, tried against the layers; None if they are not of its kind.
 
     The linears must have been packed by ``NativeLinears``.
     """

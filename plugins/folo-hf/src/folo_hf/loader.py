@@ -135,7 +135,7 @@ class HfLoader:
             weight_bytes=weight_bytes(module),
             batch_invariant=self._deterministic,
         )
-        return HfLoadedModel(module, bridge, shape, info, guard, decoder)
+        return HfLoadedModel(module, bridge, shape, info, guard=guard, decoder=decoder)
 
     def open_peer(self, name: str) -> TransformersPeer:
         """The same weights under transformers' own ``generate`` (see ``PeerOpener``)."""

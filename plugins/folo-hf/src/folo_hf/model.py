@@ -7,10 +7,10 @@ import inspect
 from typing import TYPE_CHECKING
 
 import torch
-from folo_kernels.store import BlockStore, PackedStep
 
 from folo_hf.attention import PagedTarget
 from folo_hf.native import packed_matrices
+from folo_kernels.store import BlockStore, PackedStep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 class HfLoadedModel:
     """``LoadedModel`` over a transformers module."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (what the loader found out)
         self,
         module: PreTrainedModel,
         bridge: AttentionBridge,
         shape: ModelShape,
         info: ModelInfo,
+        *,
         guard: Guard = contextlib.nullcontext,
         decoder: NativeDecoder | None = None,
     ) -> None:

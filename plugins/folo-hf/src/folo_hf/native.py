@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from folo_kernels.library import settled, why_not
-from folo_kernels.matrix import Epilogue, Format, PackedMatrix, Plain
 from torch import nn
 from torch.nn import functional
 
 from folo_core.errors import ConfigError, UnsupportedModelError
 from folo_hf.passes import FusedPart, PackedLinear, PackedProduct, SharedProduct, fuse, plain
+from folo_kernels.library import settled, why_not
+from folo_kernels.matrix import Epilogue, Format, PackedMatrix, Plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -204,7 +204,9 @@ def gate_of(module: nn.Module) -> Epilogue | None:
     It is recognised by the names of its parts, and then must give what the formula gives.
     """
     linears: list[Any] = [getattr(module, name, None) for name in MLP_PARTS]
-    if set(dict(module.named_children())) - {*MLP_PARTS, "act_fn"} or any(each is None or plain(each) is None for each in linears):
+    if set(dict(module.named_children())) - {*MLP_PARTS, "act_fn"} or any(
+        each is None or plain(each) is None for each in linears
+    ):
         return None
     gate, up, down = linears
     if type(gate) is not nn.Linear or gate.weight.shape != up.weight.shape:

@@ -79,9 +79,7 @@ class DecoderStack:
         needed = self._library.workspace_floats(ctypes.byref(self._native), step.num_tokens)
         if self._workspace.numel() < needed:
             self._workspace = torch.empty(needed)
-        call = native.DecoderStep(
-            hidden.data_ptr(), self._rotary, rotary[0][0].shape[-1], self._workspace.data_ptr()
-        )
+        call = native.DecoderStep(hidden.data_ptr(), self._rotary, rotary[0][0].shape[-1], self._workspace.data_ptr())
         self._library.decode(ctypes.byref(self._native), ctypes.byref(call), ctypes.byref(step.native))
 
     def stage_seconds(self) -> dict[str, float]:

@@ -114,10 +114,7 @@ class Layer(ctypes.Structure):
     """``Layer`` of native/decoder.hpp."""
 
     _fields_ = (
-        *(
-            (f"{name}_norm", ctypes.c_void_p)
-            for name in ("input", "query", "key", "attention", "feed", "output")
-        ),
+        *((f"{name}_norm", ctypes.c_void_p) for name in ("input", "query", "key", "attention", "feed", "output")),
         *((name, ctypes.POINTER(Matrix)) for name in ("qkv", "out", "gate_up", "down")),
         ("store", ctypes.POINTER(Store)),
         ("heads", ctypes.c_int32),
@@ -251,6 +248,8 @@ def _openmp_entries() -> tuple[int | None, int | None]:
     for path in sorted(set(re.findall(r"\s(/\S*libgomp\S*)$", maps, re.MULTILINE))):
         # Already loaded, so this gives the copy in use and no second one.
         runtime = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
-        addresses = (ctypes.cast(entry, ctypes.c_void_p).value for entry in (runtime.GOMP_parallel, runtime.omp_get_num_threads))
+        addresses = (
+            ctypes.cast(entry, ctypes.c_void_p).value for entry in (runtime.GOMP_parallel, runtime.omp_get_num_threads)
+        )
         return next(addresses), next(addresses)
     return None, None

@@ -63,9 +63,7 @@ class PackedMatrix:
         ValueError: the parts differ in dtype, device or inputs, there are too many, or they are no gate and its values.
     """
 
-    def __init__(
-        self, parts: Sequence[Plain], weight_format: Format = Format.FLOAT32, *, gated: bool = False
-    ) -> None:
+    def __init__(self, parts: Sequence[Plain], weight_format: Format = Format.FLOAT32, *, gated: bool = False) -> None:
         _check(parts, gated=gated)
         self._library = native.load()
         self.outputs = sum(part.weight.shape[0] for part in parts)
@@ -112,7 +110,13 @@ class PackedMatrix:
         y = x.new_empty(*x.shape[:-1], width)
         if rows.shape[0]:
             product = native.Product(
-                rows.data_ptr(), rows.stride(0), rows.shape[0], ctypes.pointer(self.native), y.data_ptr(), width, epilogue
+                rows.data_ptr(),
+                rows.stride(0),
+                rows.shape[0],
+                ctypes.pointer(self.native),
+                y.data_ptr(),
+                width,
+                epilogue,
             )
             self._library.multiply(ctypes.byref(product))
         return y
@@ -136,9 +140,7 @@ class PackedMatrix:
             source.biases[index] = None if bias is None else bias.data_ptr()
             source.outputs[index] = weight.shape[0]
         bias_out = None if self._bias is None else self._bias.ctypes.data
-        self._library.pack(
-            ctypes.byref(source), ctypes.byref(self.native), self._panels.ctypes.data, bias_out
-        )
+        self._library.pack(ctypes.byref(source), ctypes.byref(self.native), self._panels.ctypes.data, bias_out)
 
 
 def _check(parts: Sequence[Plain], *, gated: bool) -> None:

@@ -131,7 +131,7 @@ class BlockStore:
             ctypes.byref(self.native[layer]), ctypes.byref(step.native), keys.data_ptr(), values.data_ptr()
         )
 
-    def attend(
+    def attend(  # noqa: PLR0913 (what attention depends on)
         self,
         layer: int,
         step: PackedStep,
