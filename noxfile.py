@@ -79,9 +79,12 @@ def run_suite(session: nox.Session, name: str, *extra: str) -> None:
     for old in reports.glob(f".coverage.{name}*"):
         old.unlink()
     folders = [folder for folder in SUITES[name] if (ROOT / folder).is_dir()]
-    environment = {"COVERAGE_FILE": str(reports / f".coverage.{name}")}
     # A file's tests stay together, because they share loaded models; more workers would each load their own.
-    workers = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
+    count = min(4, os.cpu_count() or 1)
+    workers = ["-n", str(count), "--dist", "loadfile"]
+    # Each worker computes on its share of the cores: threads that wait for each other must not wait for a core.
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    environment = {"COVERAGE_FILE": str(reports / f".coverage.{name}"), "OMP_NUM_THREADS": threads}
     command = ["coverage", "run", "-m", "pytest", *workers, "-m", "not gpu", f"--junitxml={reports / name}.xml"]
     shared(session, *command, *folders, *extra, *session.posargs, env=environment)
 

@@ -9,7 +9,8 @@ from tiny_models import ARCHITECTURES, SMALL, VOCAB, PagedDecoder, make_loader, 
 from transformers import AutoModelForCausalLM
 
 from folo_core.errors import UnsupportedModelError
-from folo_hf.passes import FusedPart, PackedLinear
+from folo_hf.native import NativeLinear, NativeMlp
+from folo_hf.passes import FusedPart
 
 PROMPTS = [[5, 9, 33, 7, 60, 61, 8, 8, 90, 11, 4, 77, 13], [40], list(range(10, 40))]
 NEW_TOKENS = 12
@@ -87,7 +88,7 @@ def test_the_passes_are_in_what_was_compared(tmp_path):
     folder = save_model(tmp_path, ARCHITECTURES["llama"]())
     module = make_loader(folder, skip_tokenizer_init=True).load_model(None).module
     kinds = {type(child) for child in module.modules()}
-    assert {PackedLinear, FusedPart} <= kinds
+    assert {NativeLinear, NativeMlp, FusedPart} <= kinds
     assert torch.nn.Linear not in kinds
 
 

@@ -60,8 +60,8 @@ class Fake:
 
     name = "fake"
 
-    def set_team(self, entry, threads, cpus, count):
-        self.team = entry, threads, list(cpus)[:count]
+    def set_team(self, entry, granted, threads, cpus, count):
+        self.team = entry, granted, threads, list(cpus)[:count]
 
 
 @needs_library
@@ -82,11 +82,11 @@ def test_without_torchs_threads_there_is_one(maps, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_text", read_text)
-        assert native._openmp_entry.__wrapped__() is None
-    monkeypatch.setattr(native, "_openmp_entry", lambda: None)
+        assert native._openmp_entries.__wrapped__() == (None, None)
+    monkeypatch.setattr(native, "_openmp_entries", lambda: (None, None))
     fake = Fake()
     native.use_threads(fake, 2, (0, 1))
-    assert fake.team == (None, 2, [0, 1])
+    assert fake.team == (None, None, 2, [0, 1])
 
 
 @needs_library
@@ -94,7 +94,7 @@ def test_the_caller_alone_computes_the_same(monkeypatch):
     library = native.load()
     matrix, x = PackedMatrix([Plain(torch.randn(100, 50))]), torch.randn(30, 50)
     wanted = matrix.multiply(x)
-    monkeypatch.setattr(native, "_openmp_entry", lambda: None)
+    monkeypatch.setattr(native, "_openmp_entries", lambda: (None, None))
     native.use_threads(library, 2)
     try:
         found = matrix.multiply(x)
@@ -108,4 +108,4 @@ def test_the_caller_alone_computes_the_same(monkeypatch):
 def test_torchs_own_threads_are_found():
     """Else every test of two threads would be one of one thread."""
     assert "libgomp" in Path("/proc/self/maps").read_text(encoding="utf-8")
-    assert native._openmp_entry()
+    assert all(native._openmp_entries())

@@ -121,7 +121,8 @@ class DirectForward:
         self._decoder = decoder
         self._embedding: Any = model.get_input_embeddings()
         self._head: Any = model.get_output_embeddings()
-        self._norm, self._epsilon = _factor(decoder.owner.norm)
+        owner: Any = decoder.owner
+        self._norm, self._epsilon = _factor(owner.norm)
         self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._table_of: list[int] = []
 

@@ -186,7 +186,7 @@ class Library:
             function = getattr(handle, name)
             function.restype, function.argtypes = result, arguments
             setattr(self, name.removeprefix("folo_"), function)
-        self.vector_lanes: int = self.lanes()  # type: ignore[attr-defined]
+        self.vector_lanes: int = self.lanes()
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 (a C function)
         raise AttributeError(name)
