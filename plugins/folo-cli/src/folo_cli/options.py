@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from folo_core.llm import LLM
     from folo_core.sampling_params import SamplingParams
 
@@ -32,14 +36,33 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 Quantization = Annotated[str | None, typer.Option(help="int8 or int4: round the weights to read fewer bytes a step.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest sequence, in tokens.")]
 
+PROCESS_DEFAULTS = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "FOLO_LEAN_START": "1",
+}
+"""Set before the libraries that read them are imported, unless the user has."""
+
 
 def open_model(model: str, **options: Any) -> LLM:  # noqa: ANN401 (engine options)
-    """Load a model quietly: progress belongs to Folo, and only on a terminal."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from folo_core.llm import LLM
+    """Load a model quietly, since progress belongs to Folo, and soon, since the command's process does nothing else."""
+    for name, value in PROCESS_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    with _no_collections():
+        from folo_core.llm import LLM
 
-    return LLM(model, **{name: value for name, value in options.items() if value is not None})
+        return LLM(model, **{name: value for name, value in options.items() if value is not None})
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Keep the collector from walking, again and again, the modules and weights that are there to stay."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def sampling_params(**fields: Any) -> SamplingParams:  # noqa: ANN401 (SamplingParams judges them)

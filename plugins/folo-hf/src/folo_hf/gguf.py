@@ -7,21 +7,25 @@ The folder is named by the file's content and the dtype, so that a second start,
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 import shutil
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import platformdirs
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from folo_core.errors import ModelLoadError, UnsupportedModelError
+from folo_hf import lean
+from folo_hf.cache import cache_folder, write_json
 from folo_hf.quiet import quiet
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from transformers import PreTrainedModel
 
@@ -32,12 +36,6 @@ HASH_WHOLE = 512 * 2**20
 """Files up to this many bytes are known by the digest of all their bytes; larger ones by size, time and samples."""
 
 _SAMPLE = 2**20
-
-
-def cache_folder() -> Path:
-    """Folder of Folo's caches: ``FOLO_CACHE_DIR``, else the platform's user cache."""
-    chosen = os.environ.get("FOLO_CACHE_DIR")
-    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("folo", appauthor=False))
 
 
 def converted(path: Path, dtype: torch.dtype) -> Path:
@@ -68,7 +66,27 @@ def converted(path: Path, dtype: torch.dtype) -> Path:
 
 
 def fingerprint(path: Path) -> str:
-    """Short hexadecimal digest that tells the file's content from any other's."""
+    """Short hexadecimal digest that tells the file's content from any other's.
+
+    A lean start reads a file again only if it was touched since its digest was last taken.
+    """
+    if not lean.asked():
+        return _digest(path)
+    note = cache_folder() / "gguf" / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]}.json"
+    status = path.stat()
+    state = [CONVERSION, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    try:
+        known_state, known = json.loads(note.read_text(encoding="utf-8"))
+        if known_state == state and re.fullmatch("[0-9a-f]{16}", known):
+            return str(known)
+    except (OSError, ValueError, TypeError, RecursionError):
+        pass
+    digest = _digest(path)
+    write_json(note, [state, digest])
+    return digest
+
+
+def _digest(path: Path) -> str:
     digest = hashlib.sha256(f"{CONVERSION}".encode())
     status = path.stat()
     with path.open("rb") as file:

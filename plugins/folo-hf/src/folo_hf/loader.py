@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from folo_core.errors import ConfigError, ModelLoadError
 from folo_core.execution.interface import ModelInfo
+from folo_hf import lean
 from folo_hf.attention import AttentionBridge
 from folo_hf.decoder import native_decoder
 from folo_hf.device import TorchProbe, resolve_device, resolve_dtype
@@ -25,8 +26,10 @@ from folo_hf.peer import TransformersPeer
 from folo_hf.positions import position_limit, settle_rope
 from folo_hf.probe import probe
 from folo_hf.quiet import quiet
+from folo_hf.remembered import Memory, recall
 from folo_hf.screening import load_config, screen
-from folo_hf.source import Kind, check_weights, locate
+from folo_hf.source import Kind, check_weights, locate, weight_names
+from folo_hf.swift import swift_loading
 from folo_hf.tokenizer import load_tokenizer
 from folo_hf.vocabulary import fit_vocabulary
 
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from folo_core.execution.loading import Tokenizer
     from folo_hf.device import HardwareProbe
     from folo_hf.source import Source
+    from folo_hf.swift import LoadingReport
     from folo_hf.tokenizer import HfTokenizer
     from folo_kernels.matrix import Format
 
@@ -107,7 +111,8 @@ class HfLoader:
         config = self._screened
         bridge = AttentionBridge()
         try:
-            module = _load_module(self._folder, config, bridge.name, getattr(torch, dtype), device)
+            memory = self._recall(None if tokenizer is None else len(tokenizer))
+            module, plain = _load_module(self._folder, self._options(config, bridge.name), memory)
             if tokenizer is not None:
                 fit_vocabulary(module, len(tokenizer))
             settle_rope(module, self._config.max_model_len)
@@ -115,7 +120,8 @@ class HfLoader:
             passes = PASSES + STEADY_PASSES if self._deterministic else (NativeLinears(weights), *PASSES)
             done = run_passes(module, device, getattr(torch, dtype), passes)
             check_quantised(module, self._config.quantization)
-            shape = probe(module, bridge)
+            shape = memory.shape(module) or probe(module, bridge)
+            memory.keep(module, shape, plain_names=plain)
             decoder = native_decoder(module, bridge, shape) if NativeLinears.name in done else None
             guard = settle(module, bridge) if self._deterministic else contextlib.nullcontext
         except BaseException:
@@ -137,14 +143,32 @@ class HfLoader:
         )
         return HfLoadedModel(module, bridge, shape, info, guard=guard, decoder=decoder)
 
+    def _recall(self, num_tokens: int | None) -> Memory:
+        """What an earlier start found out about the same files and options."""
+        return recall(
+            self._folder,
+            self._placement[0],
+            dtype=self._placement[1],
+            deterministic=self._deterministic,
+            quantization=self._config.quantization,
+            max_model_len=self._config.max_model_len,
+            num_tokens=num_tokens,
+        )
+
+    def _options(self, config: PretrainedConfig, attention: str) -> dict[str, Any]:
+        """Arguments of ``from_pretrained``."""
+        device, dtype = self._placement
+        options = {"config": config, "dtype": getattr(torch, dtype), "attn_implementation": attention}
+        return options if device == "cpu" else {**options, "device_map": device}
+
     def open_peer(self, name: str) -> TransformersPeer:
         """The same weights under transformers' own ``generate`` (see ``PeerOpener``)."""
         if name != "transformers":
             raise ModelLoadError(f"peer: {name!r}: the hf loader can open 'transformers'")
-        device, dtype = self._placement
         config = load_config(self._folder)
         screen(config)
-        return TransformersPeer(_load_module(self._folder, config, "sdpa", getattr(torch, dtype), device))
+        module, _ = _load_module(self._folder, self._options(config, "sdpa"), Memory(None))
+        return TransformersPeer(module)
 
 
 def _check_placement(device: str, dtype: str) -> None:
@@ -156,31 +180,37 @@ def _check_placement(device: str, dtype: str) -> None:
         )
 
 
-def _load_module(
-    folder: Path, config: PretrainedConfig, attention: str, dtype: torch.dtype, device: str
-) -> PreTrainedModel:
-    """The transformers module with every weight in place."""
-    options: dict[str, Any] = {"device_map": device} if device != "cpu" else {}
+def _load_module(folder: Path, options: dict[str, Any], memory: Memory) -> tuple[PreTrainedModel, bool]:
+    """The transformers module with every weight in place, and whether its checkpoint has the module's own names."""
     try:
         with quiet():
-            module, report = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                attn_implementation=attention,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                **options,
-            )
+            try:
+                module, report, loading = _from_pretrained(folder, options, memory, spare=lean.asked())
+            except Exception:
+                if not lean.asked():
+                    raise
+                module, report, loading = _from_pretrained(folder, options, Memory(None), spare=False)
     except torch.OutOfMemoryError as error:
         gc.collect()
-        raise ModelLoadError(f"model: '{folder}': does not fit into the memory of {device}: {error}") from error
+        raise ModelLoadError(
+            f"model: '{folder}': does not fit into the memory of {options.get('device_map', 'cpu')}: {error}"
+        ) from error
     except Exception as error:
         text = str(error).strip() or type(error).__name__
         raise ModelLoadError(f"model: '{folder}': transformers could not load it: {text}") from error
     _check_complete(folder, report)
-    return module.eval()
+    return module.eval(), loading.plain(weight_names(folder))
+
+
+def _from_pretrained(
+    folder: Path, options: dict[str, Any], memory: Memory, *, spare: bool
+) -> tuple[PreTrainedModel, dict[str, Any], LoadingReport]:
+    incomplete = lean.incomplete_torch() if spare else contextlib.nullcontext()
+    with incomplete, swift_loading(plain_names=memory.plain_names, ranges_on_cpu=spare) as loading:
+        module, report = AutoModelForCausalLM.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
+        )
+    return module, report, loading
 
 
 def _check_complete(folder: Path, report: dict[str, Any]) -> None:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 
 def _build(config: EngineConfig) -> HfLoader:
+    from folo_hf import lean
+
+    lean.install()
     from folo_hf.loader import HfLoader
 
     return HfLoader(config)

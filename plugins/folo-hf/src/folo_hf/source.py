@@ -138,12 +138,27 @@ def check_weights(folder: Path) -> None:
     Raises:
         ModelLoadError: they are missing, truncated, corrupt, or only there as pickles.
     """
+    files = weight_files(folder)
+    if not files:
+        raise ModelLoadError(_no_weights(folder))
+    for file in files:
+        check_safetensors(file)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files: those that its index names, or all.
+
+    Raises:
+        ModelLoadError: the index is broken, or a file that it names is missing.
+    """
     index = folder / SAFETENSORS_INDEX
     names = _shards(index) if index.is_file() else sorted(path.name for path in folder.glob("*.safetensors"))
-    if not names:
-        raise ModelLoadError(_no_weights(folder))
-    for name in names:
-        check_safetensors(folder / name)
+    return [folder / name for name in names]
+
+
+def weight_names(folder: Path) -> list[str]:
+    """Names of all weights in the folder's safetensors files, which ``check_weights`` has found whole."""
+    return [name for file in weight_files(folder) for name in _read_header(file)[1] if name != "__metadata__"]
 
 
 def _shards(index: Path) -> list[str]:
@@ -178,18 +193,22 @@ def check_safetensors(path: Path) -> None:
         ModelLoadError: the file is truncated or its header is broken.
     """
     size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else _MAX_HEADER + 1  # noqa: PLR2004 (a u64)
-        header = file.read(length) if length <= _MAX_HEADER else b""
     try:
-        entries = json.loads(header)
+        length, entries = _read_header(path)
         ends = [entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"]
         expected = 8 + length + max(ends, default=0)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise ModelLoadError(f"model: '{path}': truncated or no safetensors file; download it again") from error
     if size != expected:
         raise ModelLoadError(f"model: '{path}': has {size} bytes where its header says {expected}; download it again")
+
+
+def _read_header(path: Path) -> tuple[int, Any]:
+    """Length and content of a safetensors file's header."""
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else _MAX_HEADER + 1  # noqa: PLR2004 (a u64)
+        return length, json.loads(file.read(length) if length <= _MAX_HEADER else b"")
 
 
 def check_tokenizer_files(folder: Path) -> None:
