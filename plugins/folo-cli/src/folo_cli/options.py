@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from folo_core.llm import LLM
     from folo_core.sampling_params import SamplingParams
@@ -46,23 +46,35 @@ PROCESS_DEFAULTS = {
 
 def open_model(model: str, **options: Any) -> LLM:  # noqa: ANN401 (engine options)
     """Load a model quietly, since progress belongs to Folo, and soon, since the command's process does nothing else."""
-    for name, value in PROCESS_DEFAULTS.items():
-        os.environ.setdefault(name, value)
-    with _no_collections():
+    with _defaults(PROCESS_DEFAULTS), _no_collections():
         from folo_core.llm import LLM
 
         return LLM(model, **{name: value for name, value in options.items() if value is not None})
 
 
 @contextmanager
+def _defaults(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables in a block, but for those that the user has set."""
+    missing = [name for name in variables if name not in os.environ]
+    os.environ.update({name: variables[name] for name in missing})
+    try:
+        yield
+    finally:
+        for name in missing:
+            os.environ.pop(name, None)
+
+
+@contextmanager
 def _no_collections() -> Iterator[None]:
     """Keep the collector from walking, again and again, the modules and weights that are there to stay."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
-        gc.enable()
+        if was_enabled:
+            gc.freeze()
+            gc.enable()
 
 
 def sampling_params(**fields: Any) -> SamplingParams:  # noqa: ANN401 (SamplingParams judges them)
