@@ -14,10 +14,12 @@ import transformers
 from tiny_models import ARCHITECTURES, make_loader, save_model
 from transformers.utils import import_utils
 
+import folo_hf.decoder
 import folo_hf.loader
 from folo_core.errors import ModelLoadError
 from folo_hf import gguf, lean
 from folo_hf.cache import cache_folder
+from folo_kernels.library import why_not
 
 BIG = ("sympy", "torch.distributed.tensor", "torch._dynamo.convert_frame")
 
@@ -167,6 +169,13 @@ def tensors(model):
     return {**dict(model.module.named_parameters()), **dict(model.module.named_buffers())}
 
 
+def count_trials(monkeypatch):
+    trials = []
+    check = folo_hf.decoder._check
+    monkeypatch.setattr(folo_hf.decoder, "_check", lambda *a: trials.append(1) or check(*a))
+    return trials
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_remembered_start_loads_the_same_model(name, tmp_path, monkeypatch, asked):
     folder = save_model(tmp_path / "model", ARCHITECTURES[name]())
@@ -175,7 +184,11 @@ def test_a_remembered_start_loads_the_same_model(name, tmp_path, monkeypatch, as
     monkeypatch.setenv("FOLO_LEAN_START", "1")
     load(folder)
     monkeypatch.setattr(folo_hf.loader, "probe", None)
+    trials = count_trials(monkeypatch)
     remembered = load(folder)
+    whole = general._decoder is not None and general._decoder.is_whole
+    assert not (whole and trials)
+    assert whole == (remembered._decoder is not None and remembered._decoder.is_whole)
     assert remembered.info == general.info
     assert remembered.kv_cache_specs == general.kv_cache_specs
     assert list(remembered._layers.values()) == list(general._layers.values())
@@ -186,6 +199,19 @@ def test_a_remembered_start_loads_the_same_model(name, tmp_path, monkeypatch, as
         assert got[key].dtype == value.dtype
     outputs = [folo_hf.probe._own_logits(each.module, each._bridge) for each in (general, remembered)]
     assert torch.equal(*outputs)
+
+
+@pytest.mark.skipif(why_not() is not None, reason="no kernels for this machine")
+@pytest.mark.parametrize("refused", [True, False])
+def test_the_trial_of_the_kernels_is_spared_only_once_it_was_passed(refused, tmp_path, monkeypatch, asked):
+    folder = save_model(tmp_path / "model", ARCHITECTURES["llama"]())
+    with monkeypatch.context() as first:
+        if refused:
+            first.setattr(folo_hf.decoder, "TOLERANCE", -1.0)
+        load(folder)
+    trials = count_trials(monkeypatch)
+    assert load(folder)._decoder.is_whole
+    assert len(trials) == refused
 
 
 def findings():

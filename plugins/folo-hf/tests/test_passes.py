@@ -11,7 +11,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config
 from transformers.pytorch_utils import Conv1D
 
+import folo_hf.native
+from folo_hf.native import NativeLinears, NativeMlp
 from folo_hf.passes import FusedPart, PackedLinear, PackLinears, run_passes
+from folo_kernels.library import why_not
 
 SIZES = st.sampled_from([1, 3, 8, 31, 64, 200])
 
@@ -55,6 +58,36 @@ def test_siblings_share_a_product_whatever_their_order(bias, order, same_input):
         assert isinstance(block.q_proj, FusedPart)
         for _ in range(2):
             torch.testing.assert_close(block(inputs, order), wanted, rtol=0, atol=2e-5)
+
+
+class Mlp(nn.Module):
+    """A gated feed-forward as decoder layers have them."""
+
+    def __init__(self, activation, factor=1.0):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(24, 32), nn.Linear(24, 32), nn.Linear(32, 24)
+        self.act_fn, self.factor = activation, factor
+
+    def forward(self, x):
+        return self.factor * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.mark.skipif(why_not() is not None, reason="no kernels for this machine")
+def test_feed_forwards_made_alike_are_judged_once_and_others_by_themselves(monkeypatch):
+    judged = []
+    judge = folo_hf.native.gate_of
+    monkeypatch.setattr(folo_hf.native, "gate_of", lambda module: judged.append(module) or judge(module))
+    kinds = [nn.SiLU(), nn.SiLU(), nn.GELU(approximate="tanh"), nn.Tanh(), nn.SiLU()]
+    mlps = [Mlp(kind, factor) for kind, factor in zip(kinds, [1.0, 1.0, 1.0, 1.0, 2.0], strict=True)]
+    x = torch.randn(3, 24)
+    model = nn.Sequential(*mlps)
+    with torch.no_grad():
+        wanted = [mlp(x) for mlp in mlps]
+        NativeLinears().run(model)
+        for mlp, expected in zip(model, wanted, strict=True):
+            torch.testing.assert_close(mlp(x), expected, rtol=0, atol=2e-5)
+    assert judged == [mlps[0], *mlps[2:]]
+    assert [isinstance(mlp, NativeMlp) for mlp in model] == [True, True, True, False, False]
 
 
 def test_a_full_round_computes_once_and_keeps_nothing(monkeypatch):

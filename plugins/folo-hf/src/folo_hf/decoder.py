@@ -67,6 +67,11 @@ class NativeDecoder:
             for s in shape.specs
         ]
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing of the module's own forward is left."""
+        return self.direct is not None
+
     def bind(self, store: BlockStore | None) -> None:
         """Run natively over this store's blocks; None gives the module its own layers back."""
         self._stack = None if store is None else DecoderStack(self._weights, store, self._hidden_size)
@@ -169,17 +174,23 @@ class _Place(nn.Module):
         return self._decoder.note(self._index, hidden_states, position_embeddings)
 
 
-def native_decoder(model: PreTrainedModel, bridge: AttentionBridge, shape: ModelShape) -> NativeDecoder | None:
+def native_decoder(
+    model: PreTrainedModel, bridge: AttentionBridge, shape: ModelShape, *, tried: bool = False
+) -> NativeDecoder | None:
     """Return the model's layers as a native stack, tried against the layers; None if they are not of its kind.
 
-    The linears must have been packed by ``NativeLinears``.
+    The linears must have been packed by ``NativeLinears``. ``tried`` says that an earlier start has tried the very same
+    model, and found it to run as a ``DirectForward``.
     """
     try:
         owner, name = _find_layers(model)
         layers: Any = getattr(owner, name)
         weights = [_weights(layer, call) for layer, call in zip(layers, shape.calls, strict=True)]
         decoder = NativeDecoder(owner, name, weights, shape)
-        _check(model, bridge, decoder)
+        if tried:
+            decoder.direct = DirectForward(model, decoder)
+        else:
+            _check(model, bridge, decoder)
     except Exception as error:  # noqa: BLE001 (whatever speaks against it, the layers themselves are there to run)
         logger.info("%s runs layer by layer: %s: %s", type(model).__name__, type(error).__name__, error)
         return None

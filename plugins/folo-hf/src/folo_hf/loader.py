@@ -121,8 +121,9 @@ class HfLoader:
             done = run_passes(module, device, getattr(torch, dtype), passes)
             check_quantised(module, self._config.quantization)
             shape = memory.shape(module) or probe(module, bridge)
-            memory.keep(module, shape, plain_names=plain)
-            decoder = native_decoder(module, bridge, shape) if NativeLinears.name in done else None
+            native = NativeLinears.name in done
+            decoder = native_decoder(module, bridge, shape, tried=memory.decoder_tried) if native else None
+            memory.keep(module, shape, plain_names=plain, decoder_tried=decoder is not None and decoder.is_whole)
             guard = settle(module, bridge) if self._deterministic else contextlib.nullcontext
         except BaseException:
             bridge.release()

@@ -42,6 +42,11 @@ class Memory:
         """Whether transformers is known to rename and merge none of the checkpoint's weights."""
         return self.finding.get("plain_names") is True
 
+    @property
+    def decoder_tried(self) -> bool:
+        """Whether the whole model is known to give its own logits through the kernels."""
+        return self.finding.get("decoder_tried") is True
+
     def shape(self, module: torch.nn.Module) -> ModelShape | None:
         """What the probe found out, for the module just loaded; None if it must run."""
         found = self.finding.get("shape")
@@ -51,8 +56,8 @@ class Memory:
         except (KeyError, TypeError, ValueError, AttributeError):
             return None
 
-    def keep(self, module: torch.nn.Module, shape: ModelShape, *, plain_names: bool) -> None:
-        """Remember what this start found out, unless it is known."""
+    def keep(self, module: torch.nn.Module, shape: ModelShape, **known: bool) -> None:
+        """Remember what this start found out, unless it is known; ``known`` are this class's properties."""
         if self.file is None or self.finding:
             return
         names = {id(each): name for name, each in module.named_modules()}
@@ -63,7 +68,7 @@ class Memory:
             "calls": [attrs.asdict(call) for call in shape.calls],
             "vocab_size": shape.vocab_size,
         }
-        write_json(self.file, {"plain_names": plain_names, "shape": found})
+        write_json(self.file, {**known, "shape": found})
 
 
 def _shape(found: dict[str, Any], modules: dict[str, torch.nn.Module]) -> ModelShape:
