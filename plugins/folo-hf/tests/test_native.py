@@ -85,10 +85,10 @@ class Mlp(nn.Module):
     def __init__(self, activation=functional.silu):
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
-        self.activation = activation
+        self.act_fn = activation
 
     def forward(self, x):
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 def gelu_tanh(x):
