@@ -28,7 +28,10 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder) / "llama", transformers.LlamaConfig(**SMALL))
-        found = {"engine": step_costs.engine_costs(), "forward": step_costs.forward_costs(Path(folder) / "llama")}
+        llama = Path(folder) / "llama"
+        forwards = {"forward": True, "forward_torch": False}
+        found = {"engine": step_costs.engine_costs()}
+        found |= {name: step_costs.forward_costs(llama, native=native) for name, native in forwards.items()}
     for part, costs in found.items():
         allowed = {} if args.write else step_costs.read_bar(part)
         for case, counts in costs.items():

@@ -33,6 +33,8 @@ SPANS = {"folo: attention": "attention", "folo: kv write": "KV write"}
 FORWARD = "folo: forward"
 PYTHON = "Python between operators"
 OTHER = "other model operators"
+LINEAR_STAGES = ("qkv", "attention out", "gate-up", "down", "head")
+"""Native stages that are products with weights."""
 MODEL_ROWS = ("linears", "attention", "KV write", OTHER, PYTHON)
 STAGE_TRACK, OPERATOR_TRACK = 3, 4
 
@@ -174,7 +176,9 @@ class Profile:
         forward = per_step.get("forward", 0.0)
         shares = self.shares.get(name, Counter())
         if counted:
-            model = counted | {PYTHON: max(forward - sum(counted.values()), 0.0)}
+            linears = sum(counted.get(stage, 0.0) for stage in LINEAR_STAGES)
+            parts = {f"- {row}" if row in LINEAR_STAGES else row: seconds for row, seconds in counted.items()}
+            model = {"linears": linears} | parts | {PYTHON: max(forward - sum(counted.values()), 0.0)}
         else:
             total = sum(shares.values()) or 1
             model = {row: forward * shares[row] / total for row in MODEL_ROWS}
@@ -183,17 +187,16 @@ class Profile:
         return [(row, seconds, limits.get(row)) for row, seconds in rows.items()]
 
     def _limits(self, phase: Phase, machine: Machine) -> dict[str, float]:
-        """Return the least seconds a step of what is bound by memory or arithmetic.
-
-        The head is counted for every token, though a prompt step runs it on the sampled ones: there it is too much.
-        """
+        """Return the least seconds a step of what is bound by memory or arithmetic."""
         info, work = self.model.info, {name: count / phase.steps for name, count in phase.work.items()}
         size = getattr(torch, info.dtype).itemsize
-        flops = 2.0 * info.num_parameters * work["tokens"]
+        head = _head_parameters(self.model)
+        flops = 2.0 * ((info.num_parameters - head) * work["tokens"] + head * work["rows"])
         return {
             "linears": machine.limit(info.num_parameters * size, flops),
             "attention": machine.limit(info.kv_bytes_per_token * work["attended"]),
             "KV write": machine.limit(info.kv_bytes_per_token * work["tokens"]),
+            "kv write": machine.limit(info.kv_bytes_per_token * work["tokens"]),
             "sampling": machine.limit(4.0 * info.vocab_size * work["rows"]),
         }
 
@@ -210,6 +213,12 @@ class Profile:
                 times = {"ts": (begin - origin) * 1e6, "dur": (end - begin) * 1e6}
                 trace["traceEvents"].append({"ph": "X", "pid": group, "tid": group, "name": name, **times})
         path.write_text(json.dumps(trace), encoding="utf-8")
+
+
+def _head_parameters(model: Any) -> int:  # noqa: ANN401 (a loaded model of any kind)
+    """Weights of the head, which runs on the sampled tokens alone; 0 where that is not known."""
+    matrices = getattr(model, "matrices", None)
+    return matrices[-1].outputs * matrices[-1].inputs if matrices else 0
 
 
 def find_counters(model: Any) -> Any | None:  # noqa: ANN401 (a loaded model of any kind)

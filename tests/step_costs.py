@@ -6,6 +6,7 @@ apart. ``step_costs.toml`` holds the most of each that is allowed; ``python benc
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import sys
@@ -18,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from folo_core import LLM, SamplingParams, testing
 from folo_core.engine.engine import Engine
 from folo_core.testing.fakes import FakeModel, fake_components
+from folo_hf.native import NativeLinears
 
 BAR = Path(__file__).with_suffix(".toml")
 TESTING = Path(testing.__file__).parent
@@ -35,14 +38,14 @@ HEADROOM = {
     "python_calls": 0.03,
     "builtin_calls": 0.04,
     "python_lines": 0.03,
-    "python_peak_bytes": 0.15,
+    "python_peak_bytes": 0.3,  # a coverage tool's own objects are among them
     "torch_operators": 0.03,
     "torch_allocations": 0.03,
     "torch_bytes": 0.05,
 }
 OTHER_VERSION = 0.15
 """More room where Python or torch is of another minor version than the one that was measured."""
-LOOSE = 0.8
+LOOSE = 0.7
 """A count below this share of what is allowed is worth a tighter bar."""
 CASES = {"decode_1": (1, 16), "decode_8": (8, 16), "decode_32": (32, 16), "prefill_8": (8, 64)}
 """Requests, and tokens of each prompt. A prefill is the one step that runs all prompts."""
@@ -202,9 +205,18 @@ def engine_costs() -> Costs:
     return {case: measure(_fake_engine, case, forward=False)[0] for case in CASES}
 
 
-def forward_costs(folder: Path) -> Costs:
-    """Return what the forward of the model in ``folder`` asks of torch. The tensors' sizes are the model's affair."""
-    costs = {case: measure(lambda rows: _llama_engine(folder, rows), case, forward=True)[0] for case in CASES}
+def forward_costs(folder: Path, *, native: bool) -> Costs:
+    """Return what the forward of the model in ``folder`` asks of torch. The tensors' sizes are the model's affair.
+
+    Args:
+        folder: of the model.
+        native: through Folo's kernels, which must be compiled; otherwise as where there are none.
+    """
+    attention = "native" if native else "sdpa"
+    with contextlib.nullcontext() if native else patch.object(NativeLinears, "applies", lambda *_: False):
+        costs = {
+            case: measure(lambda rows: _llama_engine(folder, rows, attention), case, forward=True)[0] for case in CASES
+        }
     return {case: {name: found[name] for name in found if name.startswith("torch")} for case, found in costs.items()}
 
 
@@ -213,9 +225,10 @@ def _fake_engine(rows: int) -> Engine:
     return Engine(fake_components(FakeModel(), **options))
 
 
-def _llama_engine(folder: Path, rows: int) -> Engine:
+def _llama_engine(folder: Path, rows: int, attention: str) -> Engine:
     options = {"max_num_seqs": rows, "num_blocks": 32 * rows + 1, "block_size": STEPS, "max_num_batched_tokens": 4096}
-    return LLM(str(folder), dtype="float32", device="cpu", skip_tokenizer_init=True, **options).engine
+    options |= {"dtype": "float32", "device": "cpu", "attention": attention}
+    return LLM(str(folder), skip_tokenizer_init=True, **options).engine
 
 
 def most_allowed(name: str, count: float) -> int:
@@ -224,7 +237,7 @@ def most_allowed(name: str, count: float) -> int:
 
 
 def read_bar(part: str) -> Costs:
-    """Return what is allowed of ``engine`` or ``forward`` under the versions that run here."""
+    """Return what is allowed of ``engine``, ``forward`` or ``forward_torch`` under the versions that run here."""
     bar = tomllib.loads(BAR.read_text(encoding="utf-8"))
     return {
         case: {name: limit * (1 + _version_room(name, bar["measured_with"])) for name, limit in limits.items()}

@@ -17,6 +17,7 @@ from folo_core.engine.output_processor import OutputProcessor
 from folo_core.execution import input_batch
 from folo_core.execution.input_batch import InputBatch
 from folo_core.execution.sampling_stage import SamplingStage
+from folo_kernels.library import why_not
 
 sys.path.append(str(Path(__file__).parents[2] / "plugins" / "folo-hf" / "tests"))
 
@@ -35,9 +36,13 @@ def test_the_engine_costs_no_more_than_allowed() -> None:
     judge("engine", step_costs.engine_costs())
 
 
-def test_the_forward_asks_no_more_of_torch_than_allowed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["forward", "forward_torch"])
+def test_the_forward_asks_no_more_of_torch_than_allowed(part: str, tmp_path: Path) -> None:
+    native = part == "forward"
+    if native and why_not() is not None:
+        pytest.skip(f"no native kernels: {why_not()}")
     save_model(tmp_path / "llama", transformers.LlamaConfig(**SMALL))
-    judge("forward", step_costs.forward_costs(tmp_path / "llama"))
+    judge(part, step_costs.forward_costs(tmp_path / "llama", native=native))
 
 
 def test_the_same_step_costs_the_same_again() -> None:

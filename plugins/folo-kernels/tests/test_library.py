@@ -75,7 +75,7 @@ def test_a_library_is_loaded_once_and_there_is_no_why_not():
 
 @pytest.mark.parametrize("maps", ["", "7f00 r-xp /usr/lib/libomp.so.5\n", OSError("no /proc")])
 def test_without_torchs_threads_there_is_one(maps, monkeypatch):
-    def read_text(_path, encoding=None):  # noqa: ARG001 (the signature of what it stands for)
+    def read_text(_path, encoding=None):
         if isinstance(maps, OSError):
             raise maps
         return maps

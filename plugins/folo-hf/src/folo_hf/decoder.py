@@ -11,6 +11,7 @@ only if it gives the module's logits.
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -88,7 +89,10 @@ class NativeDecoder:
 
     def stage_seconds(self) -> dict[str, float]:
         """Seconds spent in each kind of work since a store was bound."""
-        return {} if self._stack is None else self._stack.stage_seconds()
+        if self._stack is None:
+            return {}
+        head = {} if self.direct is None else {"head": self.direct.head_seconds}
+        return self._stack.stage_seconds() | head
 
     def note(self, index: int, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Note what layer ``index`` is handed; at the last one, run them all."""
@@ -128,6 +132,8 @@ class DirectForward:
         self._head: Any = model.get_output_embeddings()
         owner: Any = decoder.owner
         self._norm, self._epsilon = _factor(owner.norm)
+        self.head_seconds = 0.0
+        """How long the head took, from step to step."""
         self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._table_of: list[int] = []
 
@@ -137,9 +143,11 @@ class DirectForward:
         self._reach(int(positions.max()))
         turned = [(cosine.index_select(0, positions), sine.index_select(0, positions)) for cosine, sine in self._tables]
         hidden = self._decoder.run(self._embedding(input_ids), [turned[index] for index in self._table_of])
-        if len(logits_indices) < len(hidden):
-            hidden = hidden.index_select(0, logits_indices)
-        logits: torch.Tensor = self._head(normalise(hidden, self._norm, self._epsilon))
+        # In the order asked for: prompt positions follow what is sampled.
+        normed = normalise(hidden.index_select(0, logits_indices), self._norm, self._epsilon)
+        started = time.perf_counter()
+        logits: torch.Tensor = self._head(normed)
+        self.head_seconds += time.perf_counter() - started
         return logits
 
     def _reach(self, position: int) -> None:
@@ -270,9 +278,11 @@ def _try_direct(
 ) -> DirectForward | None:
     try:
         direct = DirectForward(model, decoder)
-        found = _native_logits(
-            model, decoder, store, lambda ids, positions: direct(ids, positions, torch.arange(len(ids)))
-        )
+
+        def run_backwards(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            return direct(ids, positions, torch.arange(len(ids)).flip(0)).flip(0)
+
+        found = _native_logits(model, decoder, store, run_backwards)
         _compare(expected, found)
     except Exception as error:  # noqa: BLE001 (the module's own forward is there to run)
         logger.info("%s runs its own forward: %s: %s", type(model).__name__, type(error).__name__, error)

@@ -4,7 +4,6 @@ Most of a cold start is imports, and more than half of transformers' own serve w
 generates never does. With ``FOLO_LEAN_START=1``, which the ``folo`` command sets for itself, that part is spared:
 
 - transformers is told that torch has no ``torch.distributed``, a build of torch that it supports.
-- Where there is no CUDA, it is told that accelerate, which places weights on devices, is not installed.
 - ``torch._dynamo``, which transformers imports for a few decorators, is run when something first asks it for more.
 - What calculates shapes on the ``meta`` device in Python is run when a ``meta`` block, a fake tensor or the compiler
   first needs it; building a module of which the weights come from a file does not.
@@ -137,8 +136,6 @@ class _TransformersTuner:
 def _adapt(module: ModuleType) -> None:
     if hasattr(module, "is_torch_distributed_available"):
         module.is_torch_distributed_available = _no  # type: ignore[attr-defined]
-    if hasattr(module, "is_accelerate_available") and not sys.modules["torch"].cuda.is_available():
-        module.is_accelerate_available = _no  # type: ignore[attr-defined]
     if hasattr(module, "create_import_structure_from_path"):
         models = Path(module.__file__ or "").parents[1] / "models"
         scan = module.create_import_structure_from_path
