@@ -125,7 +125,10 @@ class Banks:
         return Row(sequence.tag, begun)
 
     def after(self, row: Row, token: int) -> tuple[int, int]:
-        """Return the phrases met once ``token`` follows (a bit each), and the phrases' tokens still missing at most."""
+        """Return the phrases met once ``token`` follows (a bit each), and the phrases' tokens still missing at most.
+
+        Phrases that could overlap are counted in full, so an answer that fits only because they do may be dropped.
+        """
         met, missing, longest = row.met, 0, 0
         for bit, (phrase, begun) in enumerate(zip(self.phrases, row.begun, strict=True)):
             length = max((n + 1 for n in begun if phrase[n] == token), default=0)
