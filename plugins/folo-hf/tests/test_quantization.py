@@ -100,7 +100,7 @@ def rounded_weight(module, parent, leaf):
     if isinstance(module, NativeLinear):
         return module.weight
     if isinstance(module, FusedPart):
-        return module.shared.matrix.plain()[module._index]
+        return module.shared.linear.matrix.plain()[module._index]
     if isinstance(parent, NativeMlp) and leaf in MLP:
         return [*parent.gate_up.plain(), *parent.down.plain()][MLP.index(leaf)]
     return None

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from folo_core.errors import ConfigError, UnsupportedModelError
-from folo_hf.passes import FusedPart, PackedLinear, PackedProduct, SharedProduct, fuse, plain
+from folo_hf.passes import FusedPart, PackedLinear, SharedProduct, fuse, plain
 from folo_kernels.library import settled, why_not
 from folo_kernels.matrix import Epilogue, Format, PackedMatrix, Plain
 
@@ -82,7 +82,8 @@ class NativeLinears:
         return self._gates[alike]
 
     def _share(self, linears: Sequence[nn.Linear]) -> SharedProduct:
-        return NativeProduct(PackedMatrix([Plain(linear.weight, linear.bias) for linear in linears], self._format))
+        matrix = PackedMatrix([Plain(linear.weight, linear.bias) for linear in linears], self._format)
+        return SharedProduct(NativeLinear(matrix), matrix.sizes)
 
 
 class NativeLinear(nn.Module):
@@ -100,18 +101,6 @@ class NativeLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in] -> [..., out]``."""
-        return self.matrix.multiply(x)
-
-
-class NativeProduct(SharedProduct):
-    """Several linears applied to the same input, as one product."""
-
-    def __init__(self, matrix: PackedMatrix) -> None:
-        super().__init__(matrix.sizes)
-        self.matrix = matrix
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """``[..., in] -> [..., sum of outs]``."""
         return self.matrix.multiply(x)
 
 
@@ -179,9 +168,9 @@ def packed_matrices(model: nn.Module) -> Iterator[PackedMatrix]:
             yield from (module.gate_up, module.down)
         elif isinstance(module, NativeLinear):
             yield module.matrix
-        elif isinstance(module, FusedPart) and isinstance(module.shared, NativeProduct):
+        elif isinstance(module, FusedPart) and isinstance(module.shared.linear, NativeLinear):
             if id(module.shared) not in seen:
-                yield module.shared.matrix
+                yield module.shared.linear.matrix
             seen.add(id(module.shared))
 
 
@@ -189,7 +178,7 @@ def weight_bytes(model: nn.Module) -> int:
     """Bytes of all weights as they are stored."""
     plain_bytes = sum(parameter.nbytes for parameter in model.parameters())
     linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    linears += [product.linear for product in _products(model) if isinstance(product, PackedProduct)]
+    linears += [product.linear for product in _products(model) if isinstance(product.linear, PackedLinear)]
     packed = sum(4 * linear.in_features * linear.out_features for linear in linears)
     return plain_bytes + packed + sum(matrix.nbytes for matrix in packed_matrices(model))
 
@@ -205,8 +194,8 @@ def shared_matrix(parent: nn.Module, names: Sequence[str]) -> PackedMatrix | Non
     if not all(isinstance(child, FusedPart) for child in children):
         return None
     products = {id(child.shared): child.shared for child in children}
-    product = next(iter(products.values()))
-    return product.matrix if len(products) == 1 and isinstance(product, NativeProduct) else None
+    linear = next(iter(products.values())).linear
+    return linear.matrix if len(products) == 1 and isinstance(linear, NativeLinear) else None
 
 
 def _has_parts(module: nn.Module) -> bool:

@@ -53,7 +53,7 @@ class PackLinears:
         replaced = 0
         for parent in list(model.modules()):
             for names in FUSED:
-                replaced += fuse(parent, names, PackedProduct)
+                replaced += fuse(parent, names, _pack_together)
             for name, child in list(parent.named_children()):
                 found = plain(child)
                 if found is not None:
@@ -85,41 +85,28 @@ class PackedLinear(nn.Module):
 
 
 class SharedProduct:
-    """One product whose pieces are the results of several linears applied to the same input."""
+    """One product whose pieces are the results of several linears applied to the same input.
 
-    def __init__(self, sizes: Sequence[int]) -> None:
+    Args:
+        linear: all of them as one layer, their outputs side by side.
+        sizes: outputs of each.
+    """
+
+    def __init__(self, linear: nn.Module, sizes: Sequence[int]) -> None:
+        self.linear = linear
         self._sizes = list(sizes)
         self._input: torch.Tensor | None = None
         self._pieces: dict[int, torch.Tensor] = {}
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """``[..., in] -> [..., sum of outs]``."""
-        raise NotImplementedError
 
     def piece(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """The linear's result for ``x``; computed for all of them when the first of them is asked for."""
         if self._input is not x or index not in self._pieces:
             self._input = x
-            self._pieces = dict(enumerate(self.product(x).split(self._sizes, dim=-1)))
+            self._pieces = dict(enumerate(self.linear(x).split(self._sizes, dim=-1)))
         piece = self._pieces.pop(index)
         if not self._pieces:
             self._input = None
         return piece
-
-
-class PackedProduct(SharedProduct):
-    """One packed product of several linears."""
-
-    def __init__(self, linears: Sequence[nn.Linear]) -> None:
-        super().__init__([linear.out_features for linear in linears])
-        biases = [linear.bias for linear in linears]
-        bias = torch.cat([b.detach() for b in biases if b is not None]) if biases[0] is not None else None
-        self.linear = PackedLinear(torch.cat([linear.weight.detach() for linear in linears]), bias)
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """``[..., in] -> [..., sum of outs]``."""
-        result: torch.Tensor = self.linear(x)
-        return result
 
 
 class FusedPart(nn.Module):
@@ -154,6 +141,13 @@ def plain(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         conv: Any = module  # transformers leaves it untyped
         return conv.weight.t(), conv.bias
     return None
+
+
+def _pack_together(linears: Sequence[nn.Linear]) -> SharedProduct:
+    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    packed = PackedLinear(weight, torch.cat(biases) if biases else None)
+    return SharedProduct(packed, [linear.out_features for linear in linears])
 
 
 def fuse(parent: nn.Module, names: Sequence[str], share: Callable[[Sequence[nn.Linear]], SharedProduct]) -> int:
