@@ -66,7 +66,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--model", choices=models.MODELS, default="demo", help="the demo model (default) or Gemma 3 270M")
     add("--rounds", type=int, default=3, help="measured rounds of each workload (default 3)")
     add("--tune", action="store_true", help="try each engine's candidates, store the fastest, and measure nothing else")
-    add("--candidates", type=lambda text: text.split(","), metavar="A,B", help="with --tune: try only those")
+    some = "take these candidates where they suit; with --tune: try only those"
+    add("--candidates", type=lambda text: text.split(","), default=[], metavar="A,B", help=some)
     add("--limit", type=float, default=300.0, help="seconds that one run may take (default 300)")
     add("--json", type=Path, metavar="FILE", help="write all runs and the summary")
     add("--resume", type=Path, metavar="FILE", help="add rounds to such a file; it is written after every run")
@@ -143,7 +144,7 @@ class Session:
         for engine in self.args.engines:
             skipped.pop(engine, None)
             try:
-                candidate = self.table.chosen(engine, workload.name)
+                candidate = self.table.chosen(engine, workload.name, self.args.candidates)
                 ready[engine] = candidate, self.contest.worker(candidate, workload)
             except SkippedError as reason:
                 skipped[engine] = str(reason)

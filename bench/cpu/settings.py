@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from peers import SkippedError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 FILE = Path(__file__).with_name("settings.toml")
 MARK = "# Chosen by --tune; everything below this line is written by it.\n"
@@ -61,8 +64,8 @@ class Settings:
         """Return an engine's candidates for a workload, in the file's order."""
         return [found for found in self.candidates if found.engine == engine and workload in found.workloads]
 
-    def chosen(self, engine: str, workload: str) -> Candidate:
-        """Return the best candidate that is known, else the first.
+    def chosen(self, engine: str, workload: str, wanted: Collection[str] = ()) -> Candidate:
+        """Return the first candidate whose name is ``wanted``; without one the best that is known, else the first.
 
         Raises:
             SkippedError: there is none.
@@ -71,7 +74,8 @@ class Settings:
         if not suited:
             raise SkippedError(self.reasons.get(engine, {}).get(workload, "it has no such mode"))
         best = self.best.get(engine, {}).get(workload)
-        return next((found for found in suited if found.name == best), suited[0])
+        named = [found for found in suited if found.name in wanted]
+        return next(iter([*named, *(found for found in suited if found.name == best), *suited]))
 
 
 def load(path: Path = FILE) -> Settings:

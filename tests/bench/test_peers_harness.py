@@ -93,6 +93,8 @@ def test_the_best_candidate_is_chosen_else_the_first_that_suits():
     assert table_of(one, two).chosen("vllm", "C1") is one
     assert table_of(one, two).chosen("vllm", "C2") is two
     assert table_of(one, two, best={"vllm": {"C1": "two"}}).chosen("vllm", "C1") is two
+    assert table_of(one, two, best={"vllm": {"C1": "two"}}).chosen("vllm", "C1", ["one"]) is one
+    assert table_of(one, two, best={"vllm": {"C1": "two"}}).chosen("vllm", "C1", ["three"]) is two
 
 
 def test_an_engine_without_a_candidate_is_skipped_with_the_reason():
