@@ -88,6 +88,9 @@ class Request:
     """Name of the sampler that the params class picked."""
     width: int = 1
     """Most sequences that may live at once; admission reserves this many places."""
+    steady_after: int | None = None
+    """From how many output tokens on each of its sequences grows by one token in every step that samples it, and by
+    nothing else, so that steps may be scheduled ahead of what the host knows. None: never."""
     live: list[Sequence] = attrs.field(factory=list)
     """Unfinished sequences, in row order."""
     finished: list[Sequence] = attrs.field(factory=list)
@@ -106,6 +109,17 @@ class Request:
     def is_swapped(self) -> bool:
         """Whether its keys and values lie on the host."""
         return bool(self.live) and self.live[0].status is SequenceStatus.SWAPPED
+
+    def runs_ahead(self, sequence: Sequence) -> bool:
+        """Whether the next token that a step samples for one of its sequences may stay on the device for a while."""
+        after = self.steady_after
+        return after is not None and len(sequence.data.output_token_ids) + sequence.num_pending >= after
+
+    def has_all_tokens(self, sequence: Sequence) -> bool:
+        """Whether steps in flight bring the last token that the request has room for: one more would be in vain."""
+        if not sequence.num_pending:
+            return False
+        return len(sequence.data.output_token_ids) + sequence.num_pending >= (self.params.max_tokens or 0)
 
     @property
     def wants_prompt_logprobs(self) -> bool:

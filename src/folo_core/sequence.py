@@ -156,6 +156,9 @@ class Sequence:
     """The number by which its strategy knows it."""
     draft_token_ids: list[int] = attrs.field(factory=list)
     """Guesses at its next tokens, to be computed and judged in the next step."""
+    num_pending: int = 0
+    """Tokens that steps in flight sample for it: the device knows them, and runs on from them; the host does not yet.
+    What was scheduled counts them as if they were there (``num_ahead``)."""
 
     @property
     def num_tokens(self) -> int:
@@ -163,9 +166,14 @@ class Sequence:
         return self.data.num_tokens
 
     @property
+    def num_ahead(self) -> int:
+        """Number of tokens that the device knows: prompt, output, and what steps in flight have sampled."""
+        return self.data.num_tokens + self.num_pending
+
+    @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens that still have to pass through the model; 1 while decoding."""
-        return self.data.num_tokens - self.num_computed_tokens
+        return self.num_ahead - self.num_computed_tokens
 
     @property
     def is_finished(self) -> bool:

@@ -232,9 +232,9 @@ def number(*, low: float | None = None, high: float | None = None, above: float 
     return rule(fine, f"must be a finite number{_span(low, high, above)}")
 
 
-def boolean() -> dict[str, Rule]:
+def boolean(*, optional: bool = False) -> dict[str, Rule]:
     """Metadata for True or False, and nothing that merely looks like it."""
-    return rule(lambda value: type(value) is bool, "must be true or false")
+    return rule(lambda value: type(value) is bool, "must be true or false", optional=optional)
 
 
 def text(*, optional: bool = False, pattern: str = r"[^\0]+", mend: str = "must be non-empty text") -> dict[str, Rule]:

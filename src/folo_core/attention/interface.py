@@ -50,6 +50,9 @@ class AttentionMetadata:
     """``query_start`` on the device, for backends that ask for it (``wants_device_metadata``)."""
     seq_lens_device: torch.Tensor | None = None
     block_tables_device: torch.Tensor | None = None
+    is_captured: bool = False
+    """That the step is recorded into a graph, or replays one: what is launched may depend on the number of rows alone.
+    Each row is one new token; those of length 0 in ``seq_lens`` are padding, of which the output is not read."""
     plan: object | None = None
     """What ``AttentionBackend.plan`` returned for this step: shared by all layers, private to the backend."""
 
@@ -64,7 +67,11 @@ class AttentionMetadata:
 
 @runtime_checkable
 class AttentionBackend(Protocol):
-    """Paged attention for all layers of one model. One instance per engine."""
+    """Paged attention for all layers of one model. One instance per engine.
+
+    A backend whose attribute ``supports_graphs`` is true can serve steps that are recorded once and replayed
+    (``AttentionMetadata.is_captured``): its ``plan`` then fills tensors that stay in place.
+    """
 
     wants_device_metadata: bool
     """True if the backend reads the ``*_device`` tensors of AttentionMetadata."""

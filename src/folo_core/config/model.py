@@ -74,5 +74,7 @@ class ModelConfig(Checked):
         default="auto", metadata=text(pattern=_PART, mend="must be 'auto' or the name of an attention backend")
     )
     """Name of an attention backend plugin; ``auto`` takes the best for the device."""
+    graphs: bool = attrs.field(default=True, metadata=boolean())
+    """On CUDA, record the decode steps of a model that allows it, and replay them: a launch in place of hundreds."""
     chat_template: str | None = attrs.field(default=None, metadata=text(optional=True))
     """Jinja template, or a file with one, in place of the model's own."""

@@ -68,6 +68,9 @@ class SchedulerConfig(Checked):
     preemption: str = attrs.field(default="auto", metadata=one_of("auto", "recompute", "swap"))
     """What becomes of the keys and values of a preempted request: moved to the host and back, if ``swap_space`` has
     room, or dropped and computed anew; ``auto`` takes what measurements say is cheaper."""
+    run_ahead: bool | None = attrs.field(default=None, metadata=boolean(optional=True))
+    """Schedule a step while the one before it runs, before the host knows what that samples; a request that ends is
+    then computed one token too far. None: on devices that work by themselves, as CUDA does."""
     max_waiting_requests: int | None = attrs.field(
         default=None, converter=as_optional_int, metadata=integer(low=1, optional=True)
     )

@@ -266,13 +266,19 @@ class Engine:
             # Ctrl-C: the caller will abort its own requests; those of others go on.
             self._take_back(_Flight(scheduled, _FailedStep(FoloError("interrupted")), []))
             raise
-        self._in_flight.append(_Flight(scheduled, handle, self._progress(scheduled)))
+        self._in_flight.append(_Flight(scheduled, handle, self._progress(scheduled), self._groups(scheduled)))
 
     def _progress(self, scheduled: SchedulerOutput) -> list[tuple[Request, Sequence, int]]:
         """Return what will be computed when a step is back, for the prefix cache."""
         if self.state.kv.index is None:
             return []
         return [(r, s, s.num_computed_tokens) for r in scheduled.scheduled for s in r.live]
+
+    def _groups(self, scheduled: SchedulerOutput) -> dict[str, list[Sequence]]:
+        """Return the rows of requests that may lose some to a step in flight before this one is back."""
+        if self.executor.max_steps_in_flight == 1:
+            return {}
+        return {r.request_id: r.live.copy() for r in scheduled.scheduled if len(r.live) > 1 and r.live[0].num_pending}
 
     def _forget_in_flight(self, request: Request) -> None:
         """Ignore what steps in flight will bring for a request that has left: if it returns, it is computed anew."""
@@ -381,7 +387,7 @@ class Engine:
         now = time.monotonic()
         requests, dropped = self.requests, flight.dropped
         known = [s for s in result.samples if s.request_id in requests and s.request_id not in dropped]
-        outputs += [self._apply(requests[sample.request_id], sample, now) for sample in known]
+        outputs += [self._apply(requests[s.request_id], flight.remaining(s), now) for s in known]
         self._learn_costs(flight.scheduled, result, time.perf_counter() - started)
         self.reporter.on_step(flight.scheduled, result, started)
         return [output for output in outputs if output is not None]
@@ -400,6 +406,7 @@ class Engine:
         if sample.is_plain and not self.reporter.follows_branches and not request.live[0].draft_token_ids:
             return self._apply_token(request, request.live[0], sample.tokens[0][0], now)
         before = request.live.copy()
+        _arrive(before)
         rows = self._reparent(request, sample)
         lengths = [len(sequence.data.output_token_ids) for sequence in rows] if self.reporter.follows_branches else []
         request.metrics.record_tokens(now, max((len(tokens) for tokens in sample.tokens), default=0))
@@ -414,7 +421,7 @@ class Engine:
                 status = SequenceStatus.FINISHED_STOPPED
             if status is not None:
                 self._close(request, sequence, status)
-            elif sample.drafts is not None and not self._is_fork(sample, row):
+            elif sample.drafts is not None and row == sample.parents.index(sample.parents[row]):
                 self._take_drafts(request, sequence, sample.drafts[row])
         if self.reporter.follows_branches:
             self.reporter.on_branches(request, sample, before, rows, lengths)
@@ -429,6 +436,8 @@ class Engine:
         request.metrics.record_tokens(now, 1)
         if self._serves is not None:
             self._serves.on_tokens(request, 1)
+        if sequence.num_pending:
+            sequence.num_pending -= 1
         status = self.outputs.append_token(request, sequence, token)
         if status is not None:
             self._close(request, sequence, status)
@@ -469,9 +478,6 @@ class Engine:
         self._note_fork(request, parent.seq_id, child, child.num_tokens, sample.tokens[row])
         return child
 
-    def _is_fork(self, sample: RequestSample, row: int) -> bool:
-        return sample.parents[row] in sample.parents[:row]
-
     def _take_drafts(self, request: Request, sequence: Sequence, drafts: list[int]) -> None:
         """Have these guesses tried in the next step, as many as the answer has room for beside one more token."""
         length = len(sequence.data.output_token_ids)
@@ -499,9 +505,10 @@ class Engine:
     def _settle_row(self, sequence: Sequence, sample: RequestSample, row: int) -> None:
         """Keep of what was computed what holds with the row's tokens, and the strategy's numbers.
 
-        Drafts that were not kept are forgotten; a row that appends nothing will run its newest token again.
+        Drafts that were not kept are forgotten; a row that appends nothing will run its newest token again. What
+        steps in flight compute beyond this one stays.
         """
-        valid = sequence.num_tokens + sample.kept[row] - (not sample.tokens[row])
+        valid = sequence.num_ahead + sample.kept[row] - (not sample.tokens[row])
         if valid < sequence.num_computed_tokens:
             self.state.kv.truncate(sequence, valid)
         if sample.scores is not None:
@@ -579,6 +586,12 @@ class Engine:
         return self._end_all([culprit], SequenceStatus.FINISHED_ERROR, error)
 
 
+def _arrive(sequences: list[Sequence]) -> None:
+    """Note that a token which was on its way for each sequence, if any was, is here."""
+    for sequence in sequences:
+        sequence.num_pending -= sequence.num_pending > 0
+
+
 @attrs.frozen(slots=True)
 class _Flight:
     """A submitted step, and the requests that have left it since."""
@@ -587,7 +600,16 @@ class _Flight:
     handle: StepHandle
     progress: list[tuple[Request, Sequence, int]]
     """Tokens of each sequence that are computed once the step is back."""
+    groups: dict[str, list[Sequence]] = attrs.field(factory=dict)
+    """The rows of requests that have several and run ahead."""
     dropped: set[str] = attrs.field(factory=set)
+
+    def remaining(self, sample: RequestSample) -> RequestSample:
+        """Return what a sample says of the rows that have not ended since the step was submitted."""
+        rows = self.groups.get(sample.request_id)
+        if rows is None or not any(sequence.is_finished for sequence in rows):
+            return sample
+        return sample.of_rows([row for row, sequence in enumerate(rows) if not sequence.is_finished])
 
 
 class _FailedStep:

@@ -75,6 +75,7 @@ class InputProcessor:
             arrival=arrival,
             sampler=sampler,
             width=resolved.num_sequences,
+            steady_after=self._steady_after(sampler, resolved),
             metrics=metrics,
         )
         self._check_size(request, max_tokens)
@@ -118,6 +119,11 @@ class InputProcessor:
             message = f"logprobs: {request.params.logprobs}: request {source.request_id!r} did not ask for those it has"
             raise ParamsError(message)
         return request
+
+    def _steady_after(self, sampler: str, params: SamplingParams) -> int | None:
+        """From how many tokens on the request may run ahead, where the executor keeps several steps in flight."""
+        executor = self.components.executor
+        return None if executor.max_steps_in_flight == 1 else executor.steady_after(sampler, params)
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, tuple[int, ...]]:
         if isinstance(prompt, dict):

@@ -1,4 +1,4 @@
-"""The executor that runs steps in the caller's process, one at a time."""
+"""The executor that runs steps in the caller's process."""
 
 from __future__ import annotations
 
@@ -10,46 +10,60 @@ from folo_core.errors import StepOutOfMemoryError
 from folo_core.execution.memory import free_cached_memory, is_out_of_memory
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from folo_core.execution.interface import ModelInfo, StepResult
     from folo_core.execution.model_runner import ModelRunner
     from folo_core.request import Request
+    from folo_core.sampling_params import SamplingParams
     from folo_core.scheduling.interface import SchedulerOutput
     from folo_core.sequence import Sequence
 
 
 @attrs.frozen(slots=True)
-class FinishedStep:
-    """A step whose result is already here."""
+class StartedStep:
+    """A step that the device was asked for; on a CPU it has run by then."""
 
-    value: StepResult
+    wait: Callable[[], StepResult]
 
     def result(self) -> StepResult:
-        """Return the result at once."""
-        return self.value
+        """Return the result once the device has come that far."""
+        return self.wait()
 
 
 class InProcessExecutor:
-    """Runs each step to its end when it is submitted."""
+    """Starts each step when it is submitted.
 
-    max_steps_in_flight = 1
+    Args:
+        runner: runs them.
+        run_ahead: whether the next step is started before the result of one is asked for; None for where that gains
+            time, since the device works by itself.
+    """
 
-    def __init__(self, runner: ModelRunner) -> None:
+    def __init__(self, runner: ModelRunner, *, run_ahead: bool | None = None) -> None:
         self.runner = runner
         self.model_info: ModelInfo = runner.model.info
+        ahead = runner.model.device.type == "cuda" if run_ahead is None else run_ahead
+        self.max_steps_in_flight = 2 if ahead else 1
+        runner.warm_up()
+
+    def steady_after(self, sampler: str, params: SamplingParams) -> int | None:
+        """Return from how many output tokens on such a request may run ahead (see ``Executor``)."""
+        return self.runner.steady_after(sampler, params)
 
     def add_request(self, request: Request) -> None:
         """Make a request known to the runner and to its sampler."""
         self.runner.stage.samplers[request.sampler].part.add_request(request)  # may refuse it
         self.runner.requests[request.request_id] = request
 
-    def submit(self, scheduled: SchedulerOutput) -> FinishedStep:
-        """Run the step now.
+    def submit(self, scheduled: SchedulerOutput) -> StartedStep:
+        """Start the step now.
 
         Raises:
             StepOutOfMemoryError: the device's memory could not hold it; what the failed step held is free again.
         """
         try:
-            return FinishedStep(self.runner.run(scheduled))
+            return StartedStep(self.runner.start(scheduled))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from folo_core.attention.interface import AttentionMetadata
+from folo_core.execution.transfer import to_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
@@ -33,6 +34,10 @@ _COLUMNS = {
 }
 
 
+PENDING = -1
+"""Stands for a token that the device has sampled and the host has not seen."""
+
+
 @attrs.frozen(slots=True, kw_only=True)
 class PackedStep:
     """One step's tokens, end to end without padding, and the rows that want logits."""
@@ -47,11 +52,29 @@ class PackedStep:
     """``[num_seqs]``: whether the next token is sampled."""
     drafted: NDArray[np.int64]
     """``[num_seqs]``: how many of the new tokens are drafts."""
-    input_ids: torch.Tensor
-    """int64 ``[num_tokens]``."""
-    positions: torch.Tensor
-    """int64 ``[num_tokens]``."""
-    metadata: AttentionMetadata
+    tokens: NDArray[np.int64]
+    """``[4, num_tokens]``: each new token's id (``PENDING`` where the device alone knows it), its position, the slot of
+    KV memory that it is written to, and its sequence's batch slot."""
+    query_start: NDArray[np.int32]
+    """``[num_seqs + 1]``, as in ``AttentionMetadata``; likewise ``seq_lens`` and ``block_tables``."""
+    seq_lens: NDArray[np.int32]
+    block_tables: NDArray[np.int32]
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every sequence runs one token and samples the next: a step like most others."""
+        return self.tokens.shape[1] == len(self.slots) and bool(self.sampling.all())
+
+    def metadata(self, slot_mapping: torch.Tensor, block_size: int) -> AttentionMetadata:
+        """Return what attention layers are told of the step."""
+        return AttentionMetadata(
+            num_tokens=self.tokens.shape[1],
+            query_start=self.query_start,
+            seq_lens=self.seq_lens,
+            block_tables=self.block_tables,
+            slot_mapping=slot_mapping,
+            block_size=block_size,
+        )
 
 
 class InputBatch:
@@ -80,10 +103,16 @@ class InputBatch:
         """Which slots have a list in ``histories``; likewise ``judges_prompt``: whose request asked for the log
         probabilities of its prompt."""
         self.judges_prompt = np.zeros(capacity, dtype=np.bool_)
+        self.last_tokens = torch.zeros(capacity, dtype=torch.int64, device=device)
+        """Where steps that run ahead leave the token that they sampled, for the next one to run."""
+        self.claims = np.zeros(capacity, dtype=np.int64)
+        """Which time it is that each slot was taken, over all slots: what was noted of an earlier owner is void."""
         self._slots: dict[int, int] = {}
         self._free = list(range(capacity - 1, -1, -1))
         self._device_columns: dict[str, torch.Tensor] = {}
-        self._uploaded = -1
+        self._changed: set[int] = set()
+        """Slots of which the device does not know the columns yet."""
+        self._num_claims = 0
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -144,6 +173,25 @@ class InputBatch:
         self.num_computed[slots] = before - (self.num_tokens[slots] == before)
         self._extend_histories(slots, tokens)
 
+    def advance(self, slots: NDArray[np.int64]) -> None:
+        """Give each slot a token that the device alone knows, behind its newest one."""
+        before = self.num_tokens[slots]
+        self.token_ids[slots, before] = PENDING
+        self.num_tokens[slots] = before + 1
+        self.num_computed[slots] = before
+
+    def settle(
+        self, slots: NDArray[np.int64], claims: NDArray[np.int64], places: NDArray[np.int64], tokens: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
+        """Note tokens that ``advance`` left pending at ``places``, where the slots are still those of ``claims``.
+
+        Returns:
+            bool ``[rows]``: which are.
+        """
+        same: NDArray[np.bool_] = self.claims[slots] == claims
+        self.token_ids[slots[same], places[same]] = tokens[same]
+        return same
+
     def accept(self, slots: NDArray[np.int64], kept: NDArray[np.int64]) -> None:
         """Make the first ``kept[i]`` drafted tokens of each slot its own."""
         for slot, count in zip(slots.tolist(), kept.tolist(), strict=True):
@@ -168,7 +216,22 @@ class InputBatch:
         for name, values in (("scores", scores), ("tags", tags)):
             if values is not None:
                 self.columns[name][slots] = values
+                self._changed.update(slots.tolist())
                 self.version += 1
+
+    def keep_state(self, slots: torch.Tensor, scores: torch.Tensor | None, tags: torch.Tensor | None) -> None:
+        """As ``set_state``, for values that the device alone knows; ``note_state`` tells the host of them later."""
+        for name, values in (("scores", scores), ("tags", tags)):
+            if values is not None:
+                self._device_columns[name].index_copy_(0, slots, values)
+
+    def note_state(
+        self, slots: NDArray[np.int64], scores: NDArray[np.float32] | None, tags: NDArray[np.int64] | None
+    ) -> None:
+        """Bring the host up to date with what ``keep_state`` gave the device."""
+        for name, values in (("scores", scores), ("tags", tags)):
+            if values is not None:
+                self.columns[name][slots] = values
 
     def _keep_history(self, slot: int, history: list[int] | None) -> None:
         self.histories[slot] = history
@@ -184,7 +247,7 @@ class InputBatch:
                 history.extend(token for token in row if token >= 0)
 
     def pack(self, scheduled: SchedulerOutput) -> PackedStep:
-        """Lay the step's tokens end to end and advance the slots' progress."""
+        """Lay the step's tokens end to end, on the host, and advance the slots' progress."""
         slots = self.slots_of(scheduled.seq_ids)
         counts = np.array(scheduled.num_new_tokens, dtype=np.int64)
         starts = self.num_computed[slots]
@@ -194,38 +257,49 @@ class InputBatch:
         rows = np.repeat(slots, counts)
         positions = np.arange(num_tokens) + np.repeat(starts - query_start[:-1], counts)
         blocks = self.block_tables[rows, positions // self.block_size].astype(np.int64)
+        places = blocks * self.block_size + positions % self.block_size
         self.num_computed[slots] += counts
         seq_lens = (starts + counts).astype(np.int32)
         most_blocks = -(-int(seq_lens.max()) // self.block_size)
-        metadata = AttentionMetadata(
-            num_tokens=num_tokens,
-            query_start=query_start,
-            seq_lens=seq_lens,
-            block_tables=self.block_tables[slots, :most_blocks],
-            slot_mapping=self._upload(blocks * self.block_size + positions % self.block_size),
-            block_size=self.block_size,
-        )
         return PackedStep(
             slots=slots,
             counts=counts,
             starts=starts,
             sampling=np.array(scheduled.samples, dtype=np.bool_),
             drafted=np.maximum(self.num_computed[slots] - self.num_tokens[slots], 0),
-            input_ids=self._upload(self.token_ids[rows, positions].astype(np.int64)),
-            positions=self._upload(positions),
-            metadata=metadata,
+            tokens=np.stack((self.token_ids[rows, positions], positions, places, rows)),
+            query_start=query_start,
+            seq_lens=seq_lens,
+            block_tables=self.block_tables[slots, :most_blocks],
         )
+
+    def input_ids(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the ids of a step's tokens, int64 ``[num_tokens]``, with those filled in that the device alone knows.
+
+        Args:
+            tokens: ``PackedStep.tokens`` on the device.
+        """
+        return torch.where(tokens[0] < 0, self.last_tokens[tokens[3]], tokens[0])
 
     def gather_columns(self, slots: NDArray[np.int64]) -> dict[str, torch.Tensor]:
         """Return the sampling parameters of these slots as device tensors ``[len(slots)]``, plus ``slots``."""
-        if self._uploaded != self.version:
-            self._device_columns = {name: self._upload(column) for name, column in self.columns.items()}
-            self._uploaded = self.version
-        index = self._upload(slots)
+        if not self._device_columns:
+            self._device_columns = {name: to_device(c.copy(), self.device) for name, c in self.columns.items()}
+        elif self._changed:
+            # No more than what changed: of the other slots the device may know more than the host.
+            changed = np.fromiter(self._changed, dtype=np.int64)
+            where = to_device(changed, self.device)
+            for name, column in self._device_columns.items():
+                column.index_copy_(0, where, to_device(self.columns[name][changed], self.device))
+        self._changed.clear()
+        index = to_device(slots, self.device)
         return {name: column[index] for name, column in self._device_columns.items()} | {"slots": index}
 
     def _claim(self, seq_id: int) -> int:
         slot = self._slots[seq_id] = self._free.pop()
+        self._num_claims += 1
+        self.claims[slot] = self._num_claims
+        self._changed.add(slot)
         self.version += 1
         return slot
 
@@ -242,7 +316,3 @@ class InputBatch:
         columns["sequence_indices"][slot] = index
         columns["scores"][slot] = score
         columns["tags"][slot] = tag
-
-    def _upload(self, array: NDArray[Any]) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from folo_core.attention.interface import AttentionBackend, AttentionMetadata, KVCacheSpec
     from folo_core.request import Request
+    from folo_core.sampling_params import SamplingParams
     from folo_core.scheduling.interface import SchedulerOutput
     from folo_core.sequence import Sequence
 
@@ -47,7 +48,11 @@ class ModelInfo:
 
 @runtime_checkable
 class LoadedModel(Protocol):
-    """A causal language model that attends through an AttentionBackend."""
+    """A causal language model that attends through an AttentionBackend.
+
+    One whose attribute ``supports_graphs`` is true can be recorded into a CUDA graph: its ``forward`` never waits for
+    the device, and launches the same work for the same number of tokens.
+    """
 
     info: ModelInfo
     kv_cache_specs: list[KVCacheSpec]
@@ -121,6 +126,17 @@ class RequestSample:
     """That it is one token for the request's one sequence and nothing else, as nearly all are: a promise that spares
     the engine looking. False promises nothing."""
 
+    def of_rows(self, kept: list[int]) -> RequestSample:
+        """Return the sample of these rows alone, for one whose rows each go on in place."""
+        columns = {name: getattr(self, name) for name in ("logprobs", "finished", "scores", "tags", "drafts", "stated")}
+        return RequestSample(
+            self.request_id,
+            parents=list(range(len(kept))),
+            tokens=[self.tokens[row] for row in kept],
+            kept=[self.kept[row] for row in kept],
+            **{name: column and [column[row] for row in kept] for name, column in columns.items()},
+        )
+
 
 @runtime_checkable
 class StepHandle(Protocol):
@@ -137,6 +153,12 @@ class Executor(Protocol):
     max_steps_in_flight: int
     """How many submitted steps may be unfinished at once; 1 means schedule, run, update in lockstep."""
     model_info: ModelInfo
+
+    def steady_after(self, sampler: str, params: SamplingParams) -> int | None:
+        """Return from how many output tokens on a request needs no word of the host to go on; None if it always does.
+
+        See ``Sampler.steady_after``; the logits processors that the request needs have a say in it, too.
+        """
 
     def add_request(self, request: Request) -> None:
         """Make a request known before its first step."""

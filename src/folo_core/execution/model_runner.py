@@ -1,8 +1,9 @@
-"""Runs one scheduled step: edit the batch, forward, sample."""
+"""Runs one scheduled step: edit the batch, forward, sample. On a device it is only asked to; the result comes later."""
 
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,13 +11,15 @@ import torch
 
 from folo_core.attention.interface import SwappingBackend
 from folo_core.errors import ConfigError
+from folo_core.execution.graphs import decode_graphs
 from folo_core.execution.input_batch import InputBatch
 from folo_core.execution.interface import StepResult
 from folo_core.execution.logprobs import gather_logprobs
 from folo_core.execution.sampling_stage import SampledRows, SamplingStage
+from folo_core.execution.transfer import to_device
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from folo_core.execution.interface import LoadedModel
     from folo_core.execution.parts import NamedPart
     from folo_core.request import Request
+    from folo_core.sampling_params import SamplingParams
     from folo_core.scheduling.interface import SchedulerOutput
 
 
@@ -61,36 +65,61 @@ class ModelRunner:
         )
         self.stage = SamplingStage(samplers, processors, self.batch)
         self.requests: dict[str, Request] = {}
+        self.graphs = decode_graphs(model, backend, self.batch, config)
         self.current = "engine"
 
     def current_part(self) -> str:
         """Name what runs right now."""
         return self.stage.current if self.current == "sampling" else self.current
 
+    def steady_after(self, sampler: str, params: SamplingParams) -> int | None:
+        """Return from how many output tokens on such a request's tokens may stay on the device (see ``Executor``)."""
+        return self.stage.steady_after(sampler, params)
+
     @torch.inference_mode()
-    def run(self, scheduled: SchedulerOutput) -> StepResult:
-        """Run a step and return what it brought to the host."""
+    def start(self, scheduled: SchedulerOutput) -> Callable[[], StepResult]:
+        """Have the device run a step.
+
+        Returns:
+            What waits for the step and returns what it brought to the host.
+        """
         result = StepResult()
         self._edit_batch(scheduled, result)
         if not scheduled.seq_ids:
-            return result
+            return lambda: result
         step = self.batch.pack(scheduled)
         rows = SampledRows.of(step)
         wanted, prompt_rows = self._logits_wanted(step, rows)
-        if self.backend.wants_device_metadata:
-            step.metadata.to_device(self.model.device)
-        step.metadata.plan = self.backend.plan(step.metadata)
         self.current = f"model {self.model.info.architecture!r}"
-        index = torch.from_numpy(wanted).to(self.model.device)
-        logits = self.model.forward(step.input_ids, step.positions, index, step.metadata)
+        logits = self._forward(step, wanted, replay=step.is_decode and not prompt_rows)
         num_sampled = len(rows)
         self.current = "sampling"
         if prompt_rows:
             self._prompt_logprobs(logits[num_sampled:].float(), step, prompt_rows, result)
+        elif num_sampled and self.stage.are_steady(rows):
+            return partial(self.stage.finish, self.stage.launch(logits, rows), result)
         if num_sampled:
             self.stage.run(logits[:num_sampled], rows, result)
         self.current = "engine"
-        return result
+        return lambda: result
+
+    def warm_up(self) -> None:
+        """Record what is replayed later, where graphs are on, so that no request waits for it."""
+        if self.graphs is not None:
+            self.graphs.record_all()
+
+    def _forward(self, step: PackedStep, wanted: NDArray[np.int64], *, replay: bool) -> torch.Tensor:
+        """Return the logits of the packed tokens ``wanted``: from a recorded graph if the step is like one."""
+        if replay and self.graphs is not None and self.graphs.covers(len(step.slots)):
+            return self.graphs.replay(step)
+        device = self.model.device
+        tokens = to_device(step.tokens, device)
+        metadata = step.metadata(tokens[2], self.batch.block_size)
+        if self.backend.wants_device_metadata:
+            metadata.to_device(device)
+        metadata.plan = self.backend.plan(metadata)
+        ids = self.batch.input_ids(tokens) if step.tokens[0].min() < 0 else tokens[0]
+        return self.model.forward(ids, tokens[1], to_device(wanted, device), metadata)
 
     @property
     def _swapping(self) -> SwappingBackend:
@@ -135,7 +164,7 @@ class ModelRunner:
         Sampled rows come first. A prompt position's logits judge the next prompt token, so the last position
         is no one's to judge.
         """
-        ends = step.metadata.query_start[1:].astype(np.int64)
+        ends = step.query_start[1:].astype(np.int64)
         wanted = [np.repeat(ends[step.sampling], step.drafted[step.sampling] + 1) - 1 - rows.drafted + rows.offsets]
         prompt_rows = []
         for row in np.flatnonzero(self.batch.judges_prompt[step.slots]).tolist():
@@ -145,7 +174,7 @@ class ModelRunner:
             start = int(step.starts[row])
             count = min(int(step.counts[row]), len(request.prompt_token_ids) - 1 - start)
             if count > 0:
-                first = int(step.metadata.query_start[row])
+                first = int(step.query_start[row])
                 wanted.append(np.arange(first, first + count))
                 prompt_rows.append((row, count))
         return np.concatenate(wanted), prompt_rows

@@ -5,6 +5,7 @@ A fault stays with the requests it belongs to: their rows leave the batch, the o
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ import torch
 from folo_core.errors import FoloError
 from folo_core.execution.interface import RequestSample
 from folo_core.execution.logprobs import gather_logprobs
+from folo_core.execution.transfer import Milestone, to_device, to_host
 from folo_core.sampling.metadata import SamplingMetadata
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
     from folo_core.execution.interface import Candidates, StepResult
     from folo_core.execution.parts import NamedPart
     from folo_core.request import Request
-    from folo_core.sampling.interface import LogitsProcessor, SamplerOutput
+    from folo_core.sampling.interface import LogitsProcessor, Sampler, SamplerOutput
+    from folo_core.sampling_params import SamplingParams
 
 
 @attrs.frozen(slots=True)
@@ -58,6 +61,29 @@ class SampledRows:
 
 
 _OPTIONAL = ("logprobs", "finished", "scores", "tags", "drafts")
+_NEVER = np.iinfo(np.int64).max
+
+
+@attrs.frozen(slots=True)
+class _Drawn:
+    """What one sampler was asked for in a launched step: copies of its answer, on their way to the host."""
+
+    rows: SampledRows
+    claims: NDArray[np.int64]
+    """Whose the batch slots were; likewise ``places``: where their new tokens belong."""
+    places: NDArray[np.int64]
+    metadata: SamplingMetadata
+    output: SamplerOutput
+
+
+@attrs.frozen(slots=True)
+class Launched:
+    """A step whose tokens stay on the device, to be run on from there, and reach the host a step late."""
+
+    drawn: list[_Drawn]
+    errors: dict[str, Exception]
+    arrival: Milestone
+    """When the copies are complete."""
 
 
 class SamplingStage:
@@ -73,6 +99,8 @@ class SamplingStage:
         self._slot_sampler = np.zeros(batch.capacity, dtype=np.int64)
         self._slot_uses = np.zeros((len(self.processors), batch.capacity), dtype=np.bool_)
         self._slot_logprobs = np.zeros(batch.capacity, dtype=np.bool_)
+        self._steady_from = np.full(batch.capacity, _NEVER)
+        """From how many tokens on a slot's sequence may run ahead."""
         self._cached: dict[bytes, SamplingMetadata] = {}
         self._cached_version = -1
 
@@ -86,8 +114,98 @@ class SamplingStage:
         """Remember which sampler and processors serve the sequence in ``slot``."""
         self._slot_sampler[slot] = self._sampler_ids[request.sampler]
         self._slot_logprobs[slot] = request.params.logprobs is not None
+        after = request.steady_after
+        self._steady_from[slot] = _NEVER if after is None else len(request.prompt_token_ids) + after
         for row, processor in enumerate(self.processors):
             self._slot_uses[row, slot] = processor.part.applies(request.params)
+
+    def steady_after(self, sampler: str, params: SamplingParams) -> int | None:
+        """Return from how many output tokens on requests of these parameters may run ahead; None for never."""
+        part = self.samplers[sampler].part
+        promise = getattr(part, "steady_after", None)
+        if promise is None or params.logprobs is not None or params.prompt_logprobs is not None:
+            return None
+        used = [p.part for p in self.processors if p.part.applies(params)]
+        if getattr(part, "needs_history", False) or any(p.needs_history or not p.graph_safe for p in used):
+            return None
+        after: int | None = promise(params)
+        return after
+
+    def are_steady(self, sampled: SampledRows) -> bool:
+        """Whether every row belongs to a sequence that may run ahead by now."""
+        slots = sampled.slots
+        return bool((self._steady_from[slots] <= self.batch.num_tokens[slots]).all())
+
+    def launch(self, logits: torch.Tensor, sampled: SampledRows) -> Launched:
+        """Have the device sample rows that ``are_steady``, without waiting for it. Pass what comes to ``finish``.
+
+        Args:
+            logits: ``[len(sampled), vocab]`` in the model's dtype; may be written to.
+            sampled: what each row of logits belongs to.
+        """
+        slots, drawn, errors = sampled.slots, [], dict[str, Exception]()
+        if self._slot_uses[:, slots].any():
+            logits = logits.float()
+            self._process(logits, sampled, errors)
+        for name, part in self.samplers.items():
+            rows = np.flatnonzero(self._slot_sampler[slots] == self._sampler_ids[name])
+            if len(rows):
+                call = partial(self._draw, part.part, logits, sampled, rows, drawn)
+                self._guard("sampler", part, slots[rows], errors, call)
+        self.batch.advance(slots)
+        self.current = "engine"
+        return Launched(drawn, errors, Milestone(logits.device))
+
+    def _draw(
+        self,
+        sampler: Sampler,
+        logits: torch.Tensor,
+        sampled: SampledRows,
+        rows: NDArray[np.int64],
+        drawn: list[_Drawn],
+    ) -> None:
+        mine, batch = sampled.take(rows), self.batch
+        metadata = self._metadata(mine)
+        given = _take(logits, rows)
+        given = given if getattr(sampler, "reads_any_dtype", False) else given.float()
+        peaks = None if getattr(sampler, "fills_peaks", False) else given.amax(1)
+        output = sampler.step(given, metadata)
+        if output.tokens.shape != (len(rows), 1) or output.drafts is not None or output.errors:
+            message = f"tokens {tuple(output.tokens.shape)} for {len(rows)} rows, or drafts or errors: it is not steady"
+            raise ValueError(message)
+        batch.last_tokens.index_copy_(0, metadata.slots, output.tokens[:, 0])
+        if output.scores is not None or output.tags is not None:
+            batch.keep_state(metadata.slots, output.scores, output.tags)
+            # The other compositions that are remembered have the old numbers.
+            self._cached = {mine.slots.tobytes(): metadata}
+            metadata.scores = metadata.scores if output.scores is None else output.scores
+            metadata.tags = metadata.tags if output.tags is None else output.tags
+        copies = attrs.evolve(
+            output,
+            tokens=to_host(output.tokens),
+            peaks=to_host(output.peaks if peaks is None else peaks),
+            parents=_identity(len(rows)),
+            **{name: to_host(column) for name in _OPTIONAL if (column := getattr(output, name)) is not None},
+        )
+        drawn.append(_Drawn(mine, batch.claims[mine.slots], batch.num_tokens[mine.slots], metadata, copies))
+
+    def finish(self, launched: Launched, result: StepResult) -> StepResult:
+        """Wait for a launched step, and note what came of it in ``result``, which is returned."""
+        launched.arrival.wait()
+        result.errors |= launched.errors
+        for drawn in launched.drawn:
+            peaks = drawn.output.peaks.float().numpy()
+            for row in np.flatnonzero(~np.isfinite(peaks)).tolist():
+                name = drawn.metadata.request_ids[row]
+                result.errors.setdefault(name, _unusable(name, float(peaks[row])))
+            host = _HostOutput.check(drawn.output, drawn.metadata, self.batch.vocab_size)
+            same = self.batch.settle(drawn.rows.slots, drawn.claims, drawn.places, host.tokens[:, 0])
+            if host.lists:
+                kept = [None if c is None else c[same] for c in (host.scores, host.tags)]
+                self.batch.note_state(drawn.rows.slots[same], *kept)
+            samples = self._split(host, drawn.rows, [])
+            result.samples += [s for s in samples if s.request_id not in result.errors] if result.errors else samples
+        return result
 
     def run(self, logits: torch.Tensor, sampled: SampledRows, result: StepResult) -> None:
         """Sample the next tokens of the sequences that ``sampled`` names and note what came of it in ``result``.
@@ -136,7 +254,7 @@ class SamplingStage:
             message = f"returned shape {tuple(edited.shape)}, expected {tuple(given.shape)}"
             raise ValueError(message)
         if len(rows) < len(logits):
-            logits.index_copy_(0, torch.from_numpy(rows).to(logits.device), edited)
+            logits.index_copy_(0, to_device(rows, logits.device), edited)
         elif edited.data_ptr() != logits.data_ptr():
             logits.copy_(edited)
 
@@ -165,9 +283,7 @@ class SamplingStage:
                 usable[row : row - offset + drafted + 1] = False
                 sampled.drafted[row - offset : row] = offset - 1
                 continue
-            reason = "every token is masked" if peak == -np.inf else f"the largest logit is {peak}"
-            message = f"request {request.request_id!r}: its logits cannot be sampled: {reason}"
-            errors.setdefault(request.request_id, FoloError(message))
+            errors.setdefault(request.request_id, _unusable(request.request_id, peak))
         return usable
 
     def _sample(  # noqa: PLR0913, PLR0917 (one step's shared state)
@@ -280,7 +396,7 @@ class SamplingStage:
 
     def _metadata(self, rows: SampledRows) -> SamplingMetadata:
         """Return the rows' metadata; while the batch keeps its composition only positions are read anew."""
-        positions = torch.from_numpy(self.batch.num_tokens[rows.slots] + rows.offsets).to(self.batch.device)
+        positions = to_device(self.batch.num_tokens[rows.slots] + rows.offsets, self.batch.device)
         if rows.drafted.any():
             return self._with_drafts(rows, self._build_metadata(rows.slots, positions))
         if self._cached_version != self.batch.version:
@@ -420,6 +536,16 @@ class _HostOutput:
         return found
 
 
+@functools.cache
+def _identity(rows: int) -> torch.Tensor:
+    return torch.arange(rows)
+
+
+def _unusable(request_id: str, peak: float) -> FoloError:
+    reason = "every token is masked" if peak == -np.inf else f"the largest logit is {peak}"
+    return FoloError(f"request {request_id!r}: its logits cannot be sampled: {reason}")
+
+
 def _row_maxima(logits: torch.Tensor) -> NDArray[np.float32]:
     """Return each row's largest entry, NaN if it holds one. On the CPU without torch's threads, which cost more."""
     maxima: NDArray[np.float32] = logits.numpy().max(1) if logits.device.type == "cpu" else logits.amax(1).cpu().numpy()
@@ -430,4 +556,4 @@ def _take(logits: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
     """Return these rows: the tensor itself if they are all of it, else a copy."""
     if len(rows) == len(logits):
         return logits
-    return logits.index_select(0, torch.from_numpy(rows).to(logits.device))
+    return logits.index_select(0, to_device(rows, logits.device))

@@ -176,7 +176,7 @@ class KVCacheManager:
             The device blocks it held, some of which others may still hold.
         """
         table, sequence.block_table = sequence.block_table, None
-        sequence.num_computed_tokens = sequence.num_indexed_blocks = 0
+        sequence.num_computed_tokens = sequence.num_indexed_blocks = sequence.num_pending = 0
         if self.swap is not None and sequence.host_blocks:
             self.swap.drop(sequence.host_blocks)
             sequence.host_blocks = []
@@ -199,7 +199,8 @@ class KVCacheManager:
         if self.swap is None or len(held) > self.swap.pool.num_available:
             return None
         for sequence in sequences:
-            # A step in flight may bring a newest token that is dropped with its row: it will be run again.
+            # Steps in flight may bring newest tokens that are dropped with their rows: they will be run again.
+            sequence.num_pending = 0
             self.truncate(sequence, min(sequence.num_computed_tokens, sequence.num_tokens - 1))
         tables = [[] if s.block_table is None else s.block_table.blocks for s in sequences]
         host_tables, pairs = self.swap.store(tables)

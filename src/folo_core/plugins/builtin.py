@@ -25,7 +25,7 @@ def _in_process(parts: ExecutorParts) -> Executor:
         num_blocks=parts.num_blocks,
         num_host_blocks=parts.num_host_blocks,
     )
-    return InProcessExecutor(runner)
+    return InProcessExecutor(runner, run_ahead=parts.config.scheduler.run_ahead)
 
 
 @hookimpl

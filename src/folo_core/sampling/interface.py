@@ -82,6 +82,9 @@ class SamplerOutput:
     drafts: torch.Tensor | None = None
     """int64 ``[m, d]``: guesses at the tokens that follow ``tokens``, -1 padded. The next step computes them too and
     offers a row of logits after each; see ``SamplingMetadata.drafts``. The engine may cut them short."""
+    peaks: torch.Tensor | None = None
+    """float ``[m]``: each row's largest logit as the sampler saw it, NaN if the row holds one; spares the engine its
+    own look, where the sampler's class says ``fills_peaks = True``."""
     errors: Mapping[str, Exception] | None = None
     """Requests that cannot go on, by id, and why: each ends in its error, its rows left out, and the others go on.
     A sampler that raises instead ends all of its requests."""
@@ -92,6 +95,12 @@ class Sampler(Protocol):
     """Chooses next tokens for all rows of its requests, in one batched call per step.
 
     A sampler whose attribute ``needs_history`` is true gets every row's token ids in ``metadata.history``.
+
+    A sampler may have a method ``steady_after(params) -> int | None``: from so many output tokens on, each row of a
+    request with these parameters goes on by exactly one token in every step, in place, and ``step`` never waits for the
+    device. Steps then run ahead: the next one starts from tokens that the host has not seen. None, as without the
+    method, promises nothing. Where rows run ahead, ``step`` gets logits in the model's dtype if the sampler's attribute
+    ``reads_any_dtype`` is true.
     """
 
     def add_request(self, request: Request) -> None:

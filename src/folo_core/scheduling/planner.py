@@ -228,16 +228,20 @@ class StepPlanner:
         table, computed = sequence.block_table, sequence.num_computed_tokens + 1
         if table is None or sequence.draft_token_ids or self.tokens_left < 1:
             return False
-        if computed != sequence.data.num_tokens or not table.append_in_place():
+        if computed != sequence.data.num_tokens + sequence.num_pending or request.has_all_tokens(sequence):
             return False
-        self._note_row(sequence, 1, computed)
+        if not table.append_in_place():
+            return False
+        self._note_row(request, sequence, 1)
         self._note_request(request, 1)
         return True
 
     def _advance(self, request: Request) -> bool:
         """Schedule the next tokens of a group that is in memory, with its drafts if there is room for them."""
         live = request.live
-        counts = self._token_counts([s.num_tokens + len(s.draft_token_ids) - s.num_computed_tokens for s in live])
+        if live[0].num_pending and any(map(request.has_all_tokens, live)):
+            return True  # its last tokens are on their way
+        counts = self._token_counts([s.num_ahead + len(s.draft_token_ids) - s.num_computed_tokens for s in live])
         if counts is None:
             return True
         if self._grant(request, live, counts):
@@ -322,7 +326,7 @@ class StepPlanner:
             if len(table.blocks) > known:
                 output.new_blocks[sequence.seq_id] = (known, table.blocks[known:])
             if count:
-                self._note_row(sequence, count, sequence.num_tokens)
+                self._note_row(request, sequence, count)
         self._note_request(request, sum(counts))
         return True
 
@@ -333,8 +337,8 @@ class StepPlanner:
         self.output.tokens_of_scheduled.append(count)
         self._scheduled.add(request.request_id)
 
-    def _note_row(self, sequence: Sequence, count: int, num_tokens: int) -> None:
-        """Append one row of a sequence of ``num_tokens`` tokens and advance its progress, ahead of the device."""
+    def _note_row(self, request: Request, sequence: Sequence, count: int) -> None:
+        """Append one row of ``count`` new tokens and advance its sequence's progress, ahead of the device."""
         output, before = self.output, sequence.num_computed_tokens
         computed = sequence.num_computed_tokens = before + count
         digests = sequence.block_digests
@@ -343,8 +347,10 @@ class StepPlanner:
             self._underway.update(digests[before // size + 1 : computed // size + 1])
         output.seq_ids.append(sequence.seq_id)
         output.num_new_tokens.append(count)
-        num_drafts = computed - num_tokens
+        num_drafts = computed - sequence.data.num_tokens - sequence.num_pending
         output.samples.append(num_drafts >= 0)
+        if num_drafts == 0 and request.steady_after is not None and request.runs_ahead(sequence):
+            sequence.num_pending += 1
         if sequence.draft_token_ids:
             del sequence.draft_token_ids[max(0, num_drafts) :]
 

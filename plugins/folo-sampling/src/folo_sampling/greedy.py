@@ -11,11 +11,16 @@ from folo_core.sampling.interface import SamplerOutput
 if TYPE_CHECKING:
     from folo_core.request import Request
     from folo_core.sampling.metadata import SamplingMetadata
+    from folo_core.sampling_params import SamplingParams
     from folo_core.sequence import Sequence
 
 
 class GreedySampler:
     """Takes each row's largest logit; of equal ones the lowest token id. Keeps no state."""
+
+    def steady_after(self, params: SamplingParams) -> int:
+        """From the first token on each row goes on by one token."""
+        return 0
 
     def add_request(self, request: Request) -> None:
         """Nothing to open."""

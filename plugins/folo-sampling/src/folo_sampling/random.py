@@ -13,6 +13,7 @@ from folo_sampling.masks import SHORT_TOP_K, Filters, largest, narrow_, top_k_cu
 if TYPE_CHECKING:
     from folo_core.request import Request
     from folo_core.sampling.metadata import SamplingMetadata
+    from folo_core.sampling_params import SamplingParams
     from folo_core.sequence import Sequence
 
 _BLOCK = 128
@@ -37,6 +38,10 @@ class RandomSampler:
         # Whether a short list held all ties is known on the device only, and asking would wait for the device.
         self._short_top_k = SHORT_TOP_K if device.type == "cpu" else 0
         self._chunk = max(1, (_HOST_CHUNK if device.type == "cpu" else _DEVICE_CHUNK) // vocab_size)
+
+    def steady_after(self, params: SamplingParams) -> int:
+        """From the first token on each row goes on by one token."""
+        return 0
 
     def add_request(self, request: Request) -> None:
         """Nothing to open."""
