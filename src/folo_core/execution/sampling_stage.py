@@ -21,7 +21,7 @@ from folo_core.execution.transfer import Milestone, to_device, to_host
 from folo_core.sampling.metadata import SamplingMetadata
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -96,6 +96,7 @@ class SamplingStage:
         self.current = "sampling"
         """What runs right now, for a watchdog's message."""
         self._sampler_ids = {name: number for number, name in enumerate(self.samplers)}
+        self._parts = list(self.samplers.values())
         self._slot_sampler = np.zeros(batch.capacity, dtype=np.int64)
         self._slot_uses = np.zeros((len(self.processors), batch.capacity), dtype=np.bool_)
         self._slot_logprobs = np.zeros(batch.capacity, dtype=np.bool_)
@@ -147,11 +148,9 @@ class SamplingStage:
         if self._slot_uses[:, slots].any():
             logits = logits.float()
             self._process(logits, sampled, errors)
-        for name, part in self.samplers.items():
-            rows = np.flatnonzero(self._slot_sampler[slots] == self._sampler_ids[name])
-            if len(rows):
-                call = partial(self._draw, part.part, logits, sampled, rows, drawn)
-                self._guard("sampler", part, slots[rows], errors, call)
+        for part, rows in self._by_sampler(slots):
+            call = partial(self._draw, part.part, logits, sampled, rows, drawn)
+            self._guard("sampler", part, slots[rows], errors, call)
         self.batch.advance(slots)
         self.current = "engine"
         return Launched(drawn, errors, Milestone(logits.device))
@@ -220,13 +219,20 @@ class SamplingStage:
         raw = self._raw_log_probs(logits, slots)
         self._process(logits, sampled, result.errors)
         usable = self._reject_bad_rows(logits, sampled, result.errors)
-        for name, part in self.samplers.items():
-            rows = np.flatnonzero(usable & (self._slot_sampler[slots] == self._sampler_ids[name]))
-            rows = self._without_failed(rows, slots, result.errors)
+        for part, mine in self._by_sampler(slots):
+            rows = self._without_failed(mine[usable[mine]], slots, result.errors)
             if len(rows):
                 call = partial(self._sample, part, logits, sampled, rows, raw, result)
                 self._guard("sampler", part, slots[rows], result.errors, call)
         self.current = "engine"
+
+    def _by_sampler(self, slots: NDArray[np.int64]) -> Iterator[tuple[NamedPart, NDArray[np.int64]]]:
+        """Yield each sampler that serves some of the rows, and these."""
+        wanted = self._slot_sampler[slots]
+        first = wanted[0]
+        numbers = [first] if (wanted == first).all() else np.unique(wanted)
+        for number in numbers:
+            yield self._parts[number], np.flatnonzero(wanted == number)
 
     def _raw_log_probs(self, logits: torch.Tensor, slots: NDArray[np.int64]) -> dict[int, torch.Tensor]:
         """Return log probabilities by row number, for the rows whose request wants them."""
