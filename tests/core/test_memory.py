@@ -12,6 +12,7 @@ from engines import make_engine
 from folo_core.config import EngineConfig
 from folo_core.errors import ConfigError
 from folo_core.execution import memory
+from folo_core.execution.graphs import bucket_sizes
 from folo_core.execution.memory import (
     CPU_DEFAULT_BYTES,
     is_out_of_memory,
@@ -97,13 +98,26 @@ def cuda_budget(monkeypatch: pytest.MonkeyPatch, *, free: int, total: int, step:
 
 def test_on_cuda_the_cache_gets_the_configured_share_less_weights_and_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     budget = partial(cuda_budget, monkeypatch, free=60 * GIB, total=80 * GIB, max_num_seqs=512)
-    rest = memory.CUDA_RESERVE_BYTES
+    recorded = 2 * sum(bucket_sizes(512)) * 64 * 4
+    rest = memory.CUDA_RESERVE_BYTES + recorded
     assert budget(step=3 * GIB, max_num_batched_tokens=4096) == min(
         72 * GIB - 20 * GIB - 3 * GIB - rest, 512 * 10**6 * 8
     )
     less = budget(step=50 * GIB, max_num_batched_tokens=4096)
     assert less == 72 * GIB - 20 * GIB - 50 * GIB - rest
     assert budget(step=60 * GIB, max_num_batched_tokens=4096) == 0, "never negative"
+    unrecorded = budget(step=50 * GIB, max_num_batched_tokens=4096, graphs=False)
+    assert unrecorded - less == recorded > 0
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 64, 100, 256, 257])
+def test_recorded_sizes_reach_the_most_rows_and_pad_little(most: int) -> None:
+    sizes = bucket_sizes(most)
+    assert sizes == sorted(set(sizes))
+    assert sizes[0] == 1
+    assert sizes[-1] == most
+    padding = [next(size for size in sizes if size >= rows) - rows for rows in range(1, most + 1)]
+    assert max(padding) < 32
 
 
 def test_on_the_cpu_the_default_is_stated_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

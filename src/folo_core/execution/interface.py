@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import attrs
 
@@ -128,14 +128,11 @@ class RequestSample:
 
     def of_rows(self, kept: list[int]) -> RequestSample:
         """Return the sample of these rows alone, for one whose rows each go on in place."""
-        columns = {name: getattr(self, name) for name in ("logprobs", "finished", "scores", "tags", "drafts", "stated")}
-        return RequestSample(
-            self.request_id,
-            parents=list(range(len(kept))),
-            tokens=[self.tokens[row] for row in kept],
-            kept=[self.kept[row] for row in kept],
-            **{name: column and [column[row] for row in kept] for name, column in columns.items()},
-        )
+        names = ("tokens", "kept", "logprobs", "finished", "scores", "tags", "drafts", "stated")
+        columns: dict[str, Any] = {
+            name: [column[row] for row in kept] for name in names if (column := getattr(self, name)) is not None
+        }
+        return attrs.evolve(self, parents=list(range(len(kept))), **columns)
 
 
 @runtime_checkable

@@ -12,6 +12,7 @@ import torch
 
 from folo_core.attention.interface import AttentionMetadata
 from folo_core.errors import ConfigError
+from folo_core.execution.graphs import bucket_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,9 +89,18 @@ def kv_cache_budget(
     step = trial_step_bytes(config, model, backend(), max_model_len, CudaMeter(device))
     free_cached_memory()
     free, total = torch.cuda.mem_get_info(device)
-    usable = int(total * config.cache.gpu_memory_utilization) - (total - free) - step - CUDA_RESERVE_BYTES
+    reserve = CUDA_RESERVE_BYTES + recorded_bytes(config, info)
+    usable = int(total * config.cache.gpu_memory_utilization) - (total - free) - step - reserve
     logger.info("a step takes up to %.2f GiB; %.2f GiB are left for keys and values", step / 2**30, usable / 2**30)
     return min(needed, max(usable, 0))
+
+
+def recorded_bytes(config: EngineConfig, info: ModelInfo) -> int:
+    """Return what recorded decode steps keep: the logits of each size, and as much again for what they work with."""
+    if not config.model.graphs:
+        return 0
+    dtype: torch.dtype = getattr(torch, info.dtype)
+    return 2 * sum(bucket_sizes(config.scheduler.max_num_seqs)) * info.vocab_size * dtype.itemsize
 
 
 @torch.inference_mode()

@@ -74,6 +74,7 @@ class _Drawn:
     places: NDArray[np.int64]
     metadata: SamplingMetadata
     output: SamplerOutput
+    peaks: torch.Tensor
 
 
 @attrs.frozen(slots=True)
@@ -144,7 +145,7 @@ class SamplingStage:
             logits: ``[len(sampled), vocab]`` in the model's dtype; may be written to.
             sampled: what each row of logits belongs to.
         """
-        slots, drawn, errors = sampled.slots, [], dict[str, Exception]()
+        slots, drawn, errors = sampled.slots, list[_Drawn](), dict[str, Exception]()
         if self._slot_uses[:, slots].any():
             logits = logits.float()
             self._process(logits, sampled, errors)
@@ -172,39 +173,44 @@ class SamplingStage:
         if output.tokens.shape != (len(rows), 1) or output.drafts is not None or output.errors:
             message = f"tokens {tuple(output.tokens.shape)} for {len(rows)} rows, or drafts or errors: it is not steady"
             raise ValueError(message)
+        peaks = output.peaks if output.peaks is not None else peaks if peaks is not None else given.amax(1)
         batch.last_tokens.index_copy_(0, metadata.slots, output.tokens[:, 0])
-        if output.scores is not None or output.tags is not None:
-            batch.keep_state(metadata.slots, output.scores, output.tags)
-            # The other compositions that are remembered have the old numbers.
-            self._cached = {mine.slots.tobytes(): metadata}
-            metadata.scores = metadata.scores if output.scores is None else output.scores
-            metadata.tags = metadata.tags if output.tags is None else output.tags
-        copies = attrs.evolve(
-            output,
-            tokens=to_host(output.tokens),
-            peaks=to_host(output.peaks if peaks is None else peaks),
-            parents=_identity(len(rows)),
-            **{name: to_host(column) for name in _OPTIONAL if (column := getattr(output, name)) is not None},
-        )
-        drawn.append(_Drawn(mine, batch.claims[mine.slots], batch.num_tokens[mine.slots], metadata, copies))
+        self._keep_state(mine, metadata, output)
+        claims, places = batch.claims[mine.slots], batch.num_tokens[mine.slots]
+        drawn.append(_Drawn(mine, claims, places, metadata, _copies(output), to_host(peaks)))
+
+    def _keep_state(self, rows: SampledRows, metadata: SamplingMetadata, output: SamplerOutput) -> None:
+        """Leave what a strategy keeps with its rows on the device, for the next step."""
+        if output.scores is None and output.tags is None:
+            return
+        self.batch.keep_state(metadata.slots, output.scores, output.tags)
+        self._cached = {rows.slots.tobytes(): metadata}  # the other compositions have the old numbers
+        metadata.scores = metadata.scores if output.scores is None else output.scores
+        metadata.tags = metadata.tags if output.tags is None else output.tags
 
     def finish(self, launched: Launched, result: StepResult) -> StepResult:
         """Wait for a launched step, and note what came of it in ``result``, which is returned."""
         launched.arrival.wait()
         result.errors |= launched.errors
         for drawn in launched.drawn:
-            peaks = drawn.output.peaks.float().numpy()
-            for row in np.flatnonzero(~np.isfinite(peaks)).tolist():
-                name = drawn.metadata.request_ids[row]
-                result.errors.setdefault(name, _unusable(name, float(peaks[row])))
-            host = _HostOutput.check(drawn.output, drawn.metadata, self.batch.vocab_size)
-            same = self.batch.settle(drawn.rows.slots, drawn.claims, drawn.places, host.tokens[:, 0])
-            if host.lists:
-                kept = [None if c is None else c[same] for c in (host.scores, host.tags)]
-                self.batch.note_state(drawn.rows.slots[same], *kept)
-            samples = self._split(host, drawn.rows, [])
+            samples = self._arrived(drawn, result.errors)
             result.samples += [s for s in samples if s.request_id not in result.errors] if result.errors else samples
         return result
+
+    def _arrived(self, drawn: _Drawn, errors: dict[str, Exception]) -> list[RequestSample]:
+        """Judge what one sampler drew, bring the host's batch up to date, and cut it into samples."""
+        peaks = drawn.peaks.float().numpy()
+        for row in np.flatnonzero(~np.isfinite(peaks)).tolist():
+            name = drawn.metadata.request_ids[row]
+            errors.setdefault(name, _unusable(name, float(peaks[row])))
+        host, slots = _HostOutput.check(drawn.output, drawn.metadata, self.batch.vocab_size), drawn.rows.slots
+        same = self.batch.settle(slots, drawn.claims, drawn.places, host.tokens[:, 0])
+        if host.lists:
+            scores, tags = host.scores, host.tags
+            self.batch.note_state(
+                slots[same], None if scores is None else scores[same], None if tags is None else tags[same]
+            )
+        return self._split(host, drawn.rows, [])
 
     def run(self, logits: torch.Tensor, sampled: SampledRows, result: StepResult) -> None:
         """Sample the next tokens of the sequences that ``sampled`` names and note what came of it in ``result``.
@@ -545,6 +551,14 @@ class _HostOutput:
 @functools.cache
 def _identity(rows: int) -> torch.Tensor:
     return torch.arange(rows)
+
+
+def _copies(output: SamplerOutput) -> SamplerOutput:
+    """Return the answer of a step whose rows go on in place, on its way to the host."""
+    columns: dict[str, Any] = {
+        name: to_host(column) for name in _OPTIONAL if (column := getattr(output, name)) is not None
+    }
+    return attrs.evolve(output, tokens=to_host(output.tokens), parents=_identity(len(output.tokens)), **columns)
 
 
 def _unusable(request_id: str, peak: float) -> FoloError:
