@@ -79,7 +79,8 @@ class Engine:
         self._seq_ids = itertools.count()
         self._arrivals = itertools.count()
         self._released: list[int] = []
-        self._forks: list[Fork] = []
+        self._forks: dict[int, Fork] = {}
+        """Forks that the executor has not seen, by the child's id."""
         self._zero_blocks: list[int] = []
         self._stall = StallWatchdog()
 
@@ -187,7 +188,7 @@ class Engine:
         self.state.start(request, self.scheduler.order)
         self.reporter.on_request(request, RequestEvent.STARTED)
         # A parent that the executor has not seen yet is itself a fork: both start from the same sequence.
-        pending = next((fork for fork in self._forks if fork.child_id == parent.seq_id), None)
+        pending = self._forks.get(parent.seq_id)
         known_id = parent.seq_id if pending is None else pending.parent_id
         known = parent.num_tokens if pending is None else pending.num_tokens
         known = min(known, child.num_tokens)
@@ -240,7 +241,7 @@ class Engine:
     def _schedule(self) -> SchedulerOutput:
         self.state.kv.begin_step()
         scheduled: SchedulerOutput = self.scheduler.schedule(self.state, self.budget)
-        scheduled.forks, self._forks = self._forks, []
+        scheduled.forks, self._forks = list(self._forks.values()), {}
         scheduled.released = self._released + scheduled.released
         self._released = []
         scheduled.zero_blocks, self._zero_blocks = self._zero_blocks, []
@@ -340,8 +341,8 @@ class Engine:
         own = {sequence.seq_id for sequence in request.live}
         if not request.is_swapped:
             # A fork that the executor has not seen yet is none of its sequences.
-            self._released += own - {fork.child_id for fork in self._forks}
-            self._forks = [fork for fork in self._forks if fork.child_id not in own]
+            self._released += own - self._forks.keys()
+            self._forks = {child_id: fork for child_id, fork in self._forks.items() if child_id not in own}
             request.metrics.num_preemptions += 1
             self.reporter.num_preemptions += 1
             self._forget_in_flight(request)
@@ -500,7 +501,7 @@ class Engine:
             score=child.score,
             tag=child.tag,
         )
-        self._forks.append(fork)
+        self._forks[child.seq_id] = fork
 
     def _settle_row(self, sequence: Sequence, sample: RequestSample, row: int) -> None:
         """Keep of what was computed what holds with the row's tokens, and the strategy's numbers.
@@ -523,10 +524,9 @@ class Engine:
         return self._release(sequence)
 
     def _release(self, sequence: Sequence) -> list[int]:
-        forks = [fork for fork in self._forks if fork.child_id != sequence.seq_id]
-        if len(forks) == len(self._forks):
+        # A fork that ends at once never was the executor's: it takes no place there.
+        if self._forks.pop(sequence.seq_id, None) is None:
             self._released.append(sequence.seq_id)
-        self._forks = forks  # a fork that ends at once never was the executor's: it takes no place there
         return self.state.kv.release(sequence)
 
     def _end_early(

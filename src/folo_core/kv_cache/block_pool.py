@@ -133,7 +133,9 @@ class BlockPool:
         Raises:
             BlockPoolError: one would drop below zero (a double free); nothing has changed.
         """
-        for block, drops in Counter(blocks).items():
+        # A table names no block twice, and then there is nothing to count.
+        counts = Counter(blocks) if len(set(blocks)) < len(blocks) else dict.fromkeys(blocks, 1)
+        for block, drops in counts.items():
             if block == NULL_BLOCK or self._references[block] < drops:
                 message = f"block {block} freed {drops} times but referenced {self._references[block]} times"
                 raise BlockPoolError(message)

@@ -49,7 +49,7 @@ class StepPlanner:
             True otherwise, also when no token budget is left and the request sits this step out.
         """
         live = request.live
-        if len(live) == 1 and self._take_one(request, live[0]):
+        if self._take_one_each(request, live):
             return True
         if any(sequence.block_table is None for sequence in live):
             return self._gather(request)
@@ -219,21 +219,24 @@ class StepPlanner:
         stats.num_queried_tokens += num_tokens
         stats.num_hit_tokens += num_found
 
-    def _take_one(self, request: Request, sequence: Sequence) -> bool:
-        """Schedule the next token of a sequence alone whose last block has room for it: nearly every row of a step.
+    def _take_one_each(self, request: Request, live: list[Sequence]) -> bool:
+        """Schedule the next token of each sequence, if all last blocks have room for it: nearly every row of a step.
 
         Returns:
             False for every other case, and then nothing has changed: ``_advance`` knows them all.
         """
-        table, computed = sequence.block_table, sequence.num_computed_tokens + 1
-        if table is None or sequence.draft_token_ids or self.tokens_left < 1:
+        if self.tokens_left < len(live):
             return False
-        if computed != sequence.data.num_tokens + sequence.num_pending or request.has_all_tokens(sequence):
-            return False
-        if not table.append_in_place():
-            return False
-        self._note_row(request, sequence, 1)
-        self._note_request(request, 1)
+        for sequence in live:
+            table, computed = sequence.block_table, sequence.num_computed_tokens + 1
+            if table is None or computed != sequence.data.num_tokens + sequence.num_pending:
+                return False
+            if sequence.draft_token_ids or not table.has_place() or request.has_all_tokens(sequence):
+                return False
+        for sequence in live:
+            sequence.block_table.append_in_place()  # type: ignore[union-attr]  # looked at above
+            self._note_row(request, sequence, 1)
+        self._note_request(request, len(live))
         return True
 
     def _advance(self, request: Request) -> bool:
