@@ -53,8 +53,9 @@ class Case:
 
 def caches(backend):
     """Every layer's keys and values; the first dimension is the block, and writing to them writes to the backend."""
-    if hasattr(backend, "store"):
-        return backend.store.tensors()
+    for name in ("store", "blocks"):
+        if hasattr(backend, name):
+            return getattr(backend, name).tensors()
     slots, size = backend._num_slots, backend._block_size
     return [cache[:slots].unflatten(0, (-1, size)) for cache in (*backend._keys, *backend._values)]
 

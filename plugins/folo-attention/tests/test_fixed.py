@@ -173,7 +173,7 @@ def test_trying_leaves_the_number_of_threads(threads):
 
 
 def test_the_plugin_offers_the_backend():
-    default, _, spec = folo_attention_backends()
+    default, _, spec, _ = folo_attention_backends()
     assert spec.name == "fixed-order"
     assert "batch-invariant" in spec.capabilities - default.capabilities
     assert spec.priority < default.priority, "auto takes it only where it must"

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from folo_kernels.gpu.blocks import upload
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -47,7 +49,7 @@ class HostBlocks:
     def store(self, device_blocks: list[int], host_blocks: list[int]) -> None:
         """Copy each device block to the host block beside it."""
         for device, host in self._batches(device_blocks, host_blocks):
-            index = torch.tensor(device, device=self._device)
+            index = upload(device, self._device)
             buffer = torch.empty((len(device), self.block_bytes), dtype=torch.uint8, device=self._device)
             for rows, begin, end in zip(self._rows, self._offsets, self._offsets[1:], strict=False):
                 buffer[:, begin:end] = rows.index_select(0, index)
@@ -56,7 +58,7 @@ class HostBlocks:
     def load(self, host_blocks: list[int], device_blocks: list[int]) -> None:
         """Copy each host block to the device block beside it."""
         for device, host in self._batches(device_blocks, host_blocks):
-            index = torch.tensor(device, device=self._device)
+            index = upload(device, self._device)
             buffer = torch.empty((len(device), self.block_bytes), dtype=torch.uint8, device=self._device)
             self._exchange(buffer, host, to_host=False)
             for rows, begin, end in zip(self._rows, self._offsets, self._offsets[1:], strict=False):

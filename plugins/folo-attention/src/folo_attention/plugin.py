@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING
 
 from folo_core.plugins import hookimpl
@@ -13,7 +14,11 @@ if TYPE_CHECKING:
     from folo_attention.fixed import FixedOrderBackend
     from folo_attention.native import NativeBackend
     from folo_attention.sdpa import SdpaBackend
+    from folo_attention.triton import TritonBackend
     from folo_core.config import EngineConfig
+
+OLDEST_MAJOR = 8
+"""Compute capability from which on the Triton kernels run: bfloat16 and asynchronous copies."""
 
 
 def _build_sdpa(config: EngineConfig) -> SdpaBackend:  # noqa: ARG001 (the backend has no options)
@@ -60,9 +65,36 @@ def _fixed_supports(device: str, dtype: str) -> str | None:
     return None
 
 
+def _build_triton(config: EngineConfig) -> TritonBackend:
+    from folo_attention.triton import TritonBackend
+
+    return TritonBackend(max_rows=config.scheduler.max_num_seqs, max_model_len=config.max_model_len)
+
+
+def _triton_supports(device: str, dtype: str) -> str | None:
+    if device.partition(":")[0] != "cuda":
+        return f"triton runs on cuda, not on {device}"
+    if dtype not in {"float16", "bfloat16", "float32"}:
+        return f"triton needs keys and values in float16, bfloat16 or float32, not {dtype}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton needs the package triton, which is not installed"
+    return _too_old(device)
+
+
+def _too_old(device: str) -> str | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "triton needs a CUDA device, and torch finds none"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < OLDEST_MAJOR:
+        return f"triton needs compute capability {OLDEST_MAJOR}.0 or later, {device} has {major}.{minor}"
+    return None
+
+
 @hookimpl
 def folo_attention_backends() -> Sequence[AttentionBackendSpec]:
-    """Offer ``sdpa`` (torch's own operators), ``native`` (Folo's CPU kernels) and ``fixed-order`` (invariant bits)."""
+    """Offer torch's own operators, Folo's kernels for CPUs and for CUDA devices, and a backend of invariant bits."""
     return [
         AttentionBackendSpec(
             name="sdpa",
@@ -87,5 +119,13 @@ def folo_attention_backends() -> Sequence[AttentionBackendSpec]:
             supports=_fixed_supports,
             priority=-10,
             capabilities=frozenset({"batch-invariant", "gqa", "sliding_window", "softcap"}),
+        ),
+        AttentionBackendSpec(
+            name="triton",
+            help="paged attention with Folo's own kernels on CUDA: keys of a shared prefix are read once",
+            factory=_build_triton,
+            supports=_triton_supports,
+            priority=10,
+            capabilities=frozenset({"gqa", "sliding_window", "softcap"}),
         ),
     ]

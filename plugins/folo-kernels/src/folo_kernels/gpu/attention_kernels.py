@@ -1,0 +1,303 @@
+"""Triton kernels of paged attention. ``attention`` calls them; importing this module imports Triton.
+
+Keys and values of a layer lie in ``[num_blocks, kv_heads, block_size, size]``. Query heads that share a KV head are
+rows of one tile, so that keys are read once for all of them. Scores are kept in units of log2, because the device
+has an instruction for powers of two. Sizes in capitals are known when a kernel is compiled.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+FIELDS = tl.constexpr(8)
+"""int32 numbers of an item and of a row (see ``plan``)."""
+
+NEVER = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def _cells(table, positions, seen, head, KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr):
+    """int64 places of positions among all blocks' ``[num_blocks * kv_heads * block_size]`` tokens."""
+    if MASKED:
+        block = tl.load(table + positions // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
+    else:
+        block = tl.load(table + positions // BLOCK_SIZE).to(tl.int64)
+    return (block * KV_HEADS + head) * BLOCK_SIZE + positions % BLOCK_SIZE
+
+
+@triton.jit
+def _read(base, cells, seen, SIZE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr):
+    """Keys or values ``[tokens, TILE]`` of some cells; zeros where not seen, and beyond SIZE."""
+    feature = tl.arange(0, TILE)
+    pointers = base + cells[:, None] * SIZE + feature[None, :]
+    if MASKED:
+        if SIZE == TILE:
+            return tl.load(pointers, mask=seen[:, None], other=0.0)
+        return tl.load(pointers, mask=seen[:, None] & (feature[None, :] < SIZE), other=0.0)
+    if SIZE == TILE:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=feature[None, :] < SIZE, other=0.0)
+
+
+@triton.jit
+def _scores(q, k, factor, cap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    """Scores ``[rows, tokens]``: with SOFTCAP capped, in units of log2; otherwise products yet to be scaled."""
+    scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
+    if SOFTCAP:
+        # tanh by a power of two; exp2 overflows to infinity, for which this is 1.
+        scores = cap * (1.0 - 2.0 / (tl.exp2(scores * factor) + 1.0))
+    return scores
+
+
+@triton.jit
+def _accumulate(acc, norm, top, scores, v, factor, PRECISION: tl.constexpr):
+    """One step of a softmax that sees its row piece by piece (online softmax)."""
+    new_top = tl.maximum(top, tl.max(scores, 1) * factor)
+    # A row that has seen no key yet: minus infinity minus itself would be NaN.
+    base = tl.where(new_top == NEVER, 0.0, new_top)
+    weights = tl.exp2(scores * factor - base[:, None])
+    shrink = tl.exp2(top - base)
+    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return acc, norm * shrink + tl.sum(weights, 1), new_top
+
+
+@triton.jit
+def _attend_item(
+    first, count, begin, end, slot, head, query, keys, values, out, partials, partial_tops, rows, table,
+    query_stride, query_head_stride, out_stride, factor, cap, v_scale, window,
+    TILE_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr,
+    KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, KEY_TILE: tl.constexpr, VALUE_TILE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The query heads of one KV head of ``count`` rows over the tokens ``begin:end`` that all of them see."""
+    place = tl.arange(0, TILE_ROWS)
+    member = place // GROUP
+    real = member < count
+    query_head = head * GROUP + place % GROUP
+    row = rows + (first + member) * FIELDS
+    token = tl.load(row, mask=real, other=0).to(tl.int64)
+    length = tl.load(row + 1, mask=real, other=0)
+    feature = tl.arange(0, KEY_TILE)
+    q_rows = query + token * query_stride + query_head * query_head_stride
+    q = tl.load(q_rows[:, None] + feature[None, :], mask=real[:, None] & (feature < KEY_SIZE)[None, :], other=0.0)
+    if WINDOW:
+        begin = tl.maximum(begin, tl.min(tl.where(real, length, 2147483647), 0) - window)
+    acc = tl.zeros([TILE_ROWS, VALUE_TILE], tl.float32)
+    norm = tl.zeros([TILE_ROWS], tl.float32)
+    top = tl.full([TILE_ROWS], NEVER, tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        position = start + tl.arange(0, BLOCK_N)
+        seen = position < end
+        cells = _cells(table, position, seen, head, KV_HEADS, BLOCK_SIZE, True)
+        k = _read(keys, cells, seen, KEY_SIZE, KEY_TILE, True)
+        scores = _scores(q, k, factor, cap, SOFTCAP, PRECISION)
+        visible = seen[None, :]
+        if WINDOW:
+            visible = visible & (position[None, :] >= (length - window)[:, None])
+        scores = tl.where(visible, scores, NEVER)
+        v = _read(values, cells, seen, VALUE_SIZE, VALUE_TILE, True).to(q.dtype)
+        acc, norm, top = _accumulate(acc, norm, top, scores, v, 1.0 if SOFTCAP else factor, PRECISION)
+    acc = acc * (v_scale / tl.where(norm == 0.0, 1.0, norm))[:, None]
+    feature = tl.arange(0, VALUE_TILE)
+    mask = real[:, None] & (feature < VALUE_SIZE)[None, :]
+    if slot < 0:
+        target = out + token * out_stride + query_head * VALUE_SIZE
+        tl.store(target[:, None] + feature[None, :], acc.to(out.dtype.element_ty), mask=mask)
+    else:
+        part = (slot + member).to(tl.int64) * (KV_HEADS * GROUP) + query_head
+        tl.store(partials + part[:, None] * VALUE_SIZE + feature[None, :], acc, mask=mask)
+        tl.store(partial_tops + part, tl.where(norm == 0.0, NEVER, top + tl.log2(norm)), mask=real)
+
+
+@triton.jit
+def decode_kernel(
+    query, keys, values, out, partials, partial_tops, header, items, rows, tables,
+    query_stride, query_head_stride, out_stride, factor, cap, v_scale, window,
+    ROW_TILE: tl.constexpr, SHARED_TILE: tl.constexpr, HAS_SHARED: tl.constexpr, BLOCK_N: tl.constexpr,
+    SHARED_BLOCK_N: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
+    KEY_TILE: tl.constexpr, VALUE_TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program ``(head, i)``: item ``i`` of the step, one KV head. Programs beyond the step's items are idle."""
+    head = tl.program_id(0)
+    index = tl.program_id(1)
+    if index >= tl.load(header):
+        return
+    item = items + index * FIELDS
+    first = tl.load(item)
+    count = tl.load(item + 1)
+    begin = tl.load(item + 2)
+    end = tl.load(item + 3)
+    slot = tl.load(item + 4)
+    table = tables + first.to(tl.int64) * tl.load(header + 1)
+    if HAS_SHARED:  # noqa: SIM102 (the outer one is decided when the kernel is compiled)
+        if count > 1:
+            _attend_item(
+                first, count, begin, end, slot, head, query, keys, values, out, partials, partial_tops, rows, table,
+                query_stride, query_head_stride, out_stride, factor, cap, v_scale, window,
+                SHARED_TILE, SHARED_BLOCK_N, GROUP, KV_HEADS, KEY_SIZE, VALUE_SIZE, KEY_TILE, VALUE_TILE, BLOCK_SIZE,
+                SOFTCAP, WINDOW, PRECISION,
+            )  # fmt: skip
+            return
+    _attend_item(
+        first, count, begin, end, slot, head, query, keys, values, out, partials, partial_tops, rows, table,
+        query_stride, query_head_stride, out_stride, factor, cap, v_scale, window,
+        ROW_TILE, BLOCK_N, GROUP, KV_HEADS, KEY_SIZE, VALUE_SIZE, KEY_TILE, VALUE_TILE, BLOCK_SIZE,
+        SOFTCAP, WINDOW, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def _merge_run(
+    acc, norm, top, partials, partial_tops, first, stride, count, head, feature,
+    HEADS: tl.constexpr, VALUE_SIZE: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Add ``count`` partial results, the slots of which are ``stride`` apart."""
+    for start in range(0, count, PARTS):
+        place = start + tl.arange(0, PARTS)
+        real = place < count
+        part = (first + place * stride).to(tl.int64) * HEADS + head
+        tops = tl.load(partial_tops + part, mask=real, other=NEVER)
+        # What an item that saw no key left behind is zero; what was never written is not read.
+        mask = real[:, None] & (feature < VALUE_SIZE)[None, :]
+        found = tl.load(partials + part[:, None] * VALUE_SIZE + feature[None, :], mask=mask, other=0.0)
+        new_top = tl.maximum(top, tl.max(tops, 0))
+        base = tl.where(new_top == NEVER, 0.0, new_top)
+        weights = tl.exp2(tops - base)
+        shrink = tl.exp2(top - base)
+        acc = acc * shrink + tl.sum(found * weights[:, None], 0)
+        norm = norm * shrink + tl.sum(weights, 0)
+        top = new_top
+    return acc, norm, top
+
+
+@triton.jit
+def merge_kernel(
+    out, partials, partial_tops, rows, out_stride,
+    HEADS: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_TILE: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Program ``(head, row)``: the output of one query head of one row from its items' partial results."""
+    head = tl.program_id(0)
+    row = rows + tl.program_id(1) * FIELDS
+    own = tl.load(row + 3)
+    if own < 0:
+        return
+    feature = tl.arange(0, VALUE_TILE)
+    acc = tl.zeros([VALUE_TILE], tl.float32)
+    norm = tl.full([], 0.0, tl.float32)
+    top = tl.full([], NEVER, tl.float32)
+    acc, norm, top = _merge_run(
+        acc, norm, top, partials, partial_tops, tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), head, feature,
+        HEADS, VALUE_SIZE, PARTS,
+    )  # fmt: skip
+    acc, norm, top = _merge_run(
+        acc, norm, top, partials, partial_tops, tl.load(row + 2), 1, own, head, feature, HEADS, VALUE_SIZE, PARTS
+    )
+    acc = acc / tl.where(norm == 0.0, 1.0, norm)
+    target = out + tl.load(row).to(tl.int64) * out_stride + head * VALUE_SIZE
+    tl.store(target + feature, acc.to(out.dtype.element_ty), mask=feature < VALUE_SIZE)
+
+
+@triton.jit
+def _attend_run(
+    acc, norm, top, q, keys, values, table, head, begin, end, position, factor, cap, window,
+    MASKED: tl.constexpr, BLOCK_N: tl.constexpr, KV_HEADS: tl.constexpr, KEY_SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr, KEY_TILE: tl.constexpr, VALUE_TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Queries at ``position`` over the tokens ``begin:end``, each up to its own; all of them unless MASKED."""
+    for start in range(begin, end, BLOCK_N):
+        key_position = start + tl.arange(0, BLOCK_N)
+        seen = key_position < end
+        cells = _cells(table, key_position, seen, head, KV_HEADS, BLOCK_SIZE, MASKED)
+        k = _read(keys, cells, seen, KEY_SIZE, KEY_TILE, MASKED)
+        scores = _scores(q, k, factor, cap, SOFTCAP, PRECISION)
+        if MASKED:
+            visible = key_position[None, :] <= position[:, None]
+            if WINDOW:
+                visible = visible & (key_position[None, :] > (position - window)[:, None])
+            scores = tl.where(visible, scores, NEVER)
+        v = _read(values, cells, seen, VALUE_SIZE, VALUE_TILE, MASKED).to(q.dtype)
+        acc, norm, top = _accumulate(acc, norm, top, scores, v, 1.0 if SOFTCAP else factor, PRECISION)
+    return acc, norm, top
+
+
+@triton.jit
+def prefill_kernel(
+    query, keys, values, out, header, rows, tables, tiles,
+    query_stride, query_head_stride, out_stride, factor, cap, v_scale, window,
+    TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr,
+    KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, KEY_TILE: tl.constexpr, VALUE_TILE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program ``(head, i)``: tile ``i`` of the step, up to TOKENS new tokens of a sequence, one KV head."""
+    head = tl.program_id(0)
+    tile = tiles + tl.program_id(1) * 2
+    index = tl.load(tile)
+    first = tl.load(tile + 1)
+    row = rows + index * FIELDS
+    length = tl.load(row + 1)
+    new = tl.load(row + 7)
+    table = tables + index.to(tl.int64) * tl.load(header + 1)
+    place = tl.arange(0, BLOCK_M)
+    number = first + place // GROUP
+    real = (place < TOKENS * GROUP) & (number < new)
+    position = length - new + number
+    query_head = head * GROUP + place % GROUP
+    token = (tl.load(row) + number).to(tl.int64)
+    feature = tl.arange(0, KEY_TILE)
+    q_rows = query + token * query_stride + query_head * query_head_stride
+    q = tl.load(q_rows[:, None] + feature[None, :], mask=real[:, None] & (feature < KEY_SIZE)[None, :], other=0.0)
+    # Tokens full_begin:full_end are seen by every query of the tile, so that nothing need be masked there.
+    oldest = length - new + first
+    end = tl.minimum(length, oldest + TOKENS)
+    begin = oldest * 0
+    full_begin = begin
+    if WINDOW:
+        begin = tl.maximum(oldest - window + 1, 0) // BLOCK_N * BLOCK_N
+        full_begin = tl.cdiv(tl.maximum(end - window, 0), BLOCK_N) * BLOCK_N
+    full_end = tl.maximum((oldest + 1) // BLOCK_N * BLOCK_N, begin)
+    full_begin = tl.minimum(full_begin, full_end)
+    acc = tl.zeros([BLOCK_M, VALUE_TILE], tl.float32)
+    norm = tl.zeros([BLOCK_M], tl.float32)
+    top = tl.full([BLOCK_M], NEVER, tl.float32)
+    if WINDOW:
+        acc, norm, top = _attend_run(
+            acc, norm, top, q, keys, values, table, head, begin, full_begin, position, factor, cap, window,
+            True, BLOCK_N, KV_HEADS, KEY_SIZE, VALUE_SIZE, KEY_TILE, VALUE_TILE, BLOCK_SIZE, SOFTCAP, WINDOW, PRECISION,
+        )  # fmt: skip
+    acc, norm, top = _attend_run(
+        acc, norm, top, q, keys, values, table, head, full_begin, full_end, position, factor, cap, window,
+        False, BLOCK_N, KV_HEADS, KEY_SIZE, VALUE_SIZE, KEY_TILE, VALUE_TILE, BLOCK_SIZE, SOFTCAP, WINDOW, PRECISION,
+    )  # fmt: skip
+    acc, norm, top = _attend_run(
+        acc, norm, top, q, keys, values, table, head, full_end, end, position, factor, cap, window,
+        True, BLOCK_N, KV_HEADS, KEY_SIZE, VALUE_SIZE, KEY_TILE, VALUE_TILE, BLOCK_SIZE, SOFTCAP, WINDOW, PRECISION,
+    )  # fmt: skip
+    acc = acc * (v_scale / tl.where(norm == 0.0, 1.0, norm))[:, None]
+    feature = tl.arange(0, VALUE_TILE)
+    target = out + token * out_stride + query_head * VALUE_SIZE
+    mask = real[:, None] & (feature < VALUE_SIZE)[None, :]
+    tl.store(target[:, None] + feature[None, :], acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_kernel(
+    key, value, slots, keys, values, key_stride, key_head_stride, value_stride, value_head_stride,
+    KV_HEADS: tl.constexpr, HEADS_TILE: tl.constexpr, KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
+    KEY_TILE: tl.constexpr, VALUE_TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Program ``i``: write token ``i``'s keys and values of all heads into its slot."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + token)
+    head = tl.arange(0, HEADS_TILE)
+    cell = (slot // BLOCK_SIZE * KV_HEADS + head) * BLOCK_SIZE + slot % BLOCK_SIZE
+    feature = tl.arange(0, KEY_TILE)[None, :]
+    mask = (head < KV_HEADS)[:, None] & (feature < KEY_SIZE)
+    new = tl.load(key + token * key_stride + head[:, None] * key_head_stride + feature, mask=mask)
+    tl.store(keys + cell[:, None] * KEY_SIZE + feature, new.to(keys.dtype.element_ty), mask=mask)
+    feature = tl.arange(0, VALUE_TILE)[None, :]
+    mask = (head < KV_HEADS)[:, None] & (feature < VALUE_SIZE)
+    new = tl.load(value + token * value_stride + head[:, None] * value_head_stride + feature, mask=mask)
+    tl.store(values + cell[:, None] * VALUE_SIZE + feature, new.to(values.dtype.element_ty), mask=mask)

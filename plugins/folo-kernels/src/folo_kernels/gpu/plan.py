@@ -1,0 +1,269 @@
+"""The work of one step of attention, decided on the host with numpy.
+
+A sequence with one new token is a *decode row*. Its keys are cut into *items* of about equal length, which programs on
+the device take one at a time; where a row has several items, their partial results are merged. Adjacent decode rows
+whose block tables begin alike (forks of one prompt, hits of one cached prefix) form a group, whose common blocks are
+read once for a *chunk* of its rows. A sequence with several new tokens is cut into *tiles* of query tokens.
+
+All of it is int32, in arrays whose places on the device depend on the number of sequences alone: a graph that was
+captured for that number reads the plan of the step it is replayed for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import attrs
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Ints = NDArray[np.int64]
+    Int32s = NDArray[np.int32]
+
+FIELDS = 8
+"""int32 numbers in the header, in an item and in a row."""
+
+ALIGN = 32
+"""Items are multiples of so many tokens, so that few of a program's loads are cut short."""
+
+FEW_SPLITS, MANY_ROWS = 8, 8
+"""A chunk of at least MANY_ROWS rows is cut into at most FEW_SPLITS items: each leaves a partial result per row."""
+
+
+@attrs.frozen(slots=True, kw_only=True)
+class Tuning:
+    """What the cutting of a step depends on besides the step."""
+
+    kv_heads: int
+    """Each item is one program per KV head."""
+    group: int
+    """Most query heads that share a KV head."""
+    processors: int = 132
+    """Streaming multiprocessors of the device."""
+    programs_per_processor: int = 4
+    """Programs that run on one at a time."""
+    waves: int = 4
+    """Times that the device is filled with programs, at most, so that the last, unfilled time costs little."""
+    min_split: int = 256
+    """Fewest tokens of an item that a row was cut into."""
+    min_shared: int = 128
+    """Fewest tokens that rows must share to be grouped."""
+    shared_rows: int = 64
+    """Query rows (rows times query heads per KV head) of one chunk, at most."""
+    query_rows: int = 128
+    """Query rows (tokens times query heads per KV head) of one tile, at most."""
+
+    @property
+    def rows_per_chunk(self) -> int:
+        """Decode rows of one chunk, at most."""
+        return self.shared_rows // self.group
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """New tokens of one prefill tile, at most."""
+        return max(1, self.query_rows // self.group)
+
+    def extra_items(self, num_rows: int) -> int:
+        """Items beyond one for each row and chunk, at most: from one wave of programs for few rows to ``waves``."""
+        wave = -(-self.processors * self.programs_per_processor // self.kv_heads)
+        return min(max(4 * num_rows, wave), self.waves * wave)
+
+    def item_room(self, num_rows: int) -> int:
+        """Items that a step of so many sequences has at most, over its rows and chunks."""
+        return 2 * num_rows + self.extra_items(num_rows)
+
+    def slot_room(self, num_rows: int) -> int:
+        """Partial results (one per item and row of it) of a step of so many sequences, at most."""
+        return (2 + FEW_SPLITS) * num_rows + MANY_ROWS * self.extra_items(num_rows)
+
+
+@attrs.frozen(slots=True, kw_only=True)
+class StepWork:
+    """The work of one step. ``items``, ``rows`` and ``tiles`` are what the kernels read."""
+
+    items: Int32s
+    """``[num_items, 8]``: first row, rows, first token, end token, first partial slot or -1 to write the output."""
+    rows: Int32s
+    """``[num_seqs, 8]``: first packed token, sequence length, first slot and number of its own partial results, first
+    slot, stride and number of its chunk's, and new tokens. The number of its own is -1 if nothing is to be merged."""
+    tiles: Int32s
+    """``[num_tiles, 2]``: row, and first of its new tokens. Tiles that see most keys come first."""
+    num_slots: int
+    """Partial results of the step."""
+    has_shared: bool
+    """Some items have several rows."""
+    has_decode: bool
+    has_merge: bool
+    """Some rows are merged from several partial results, or are padding that must be zero."""
+
+
+def cut(query_start: Int32s, seq_lens: Int32s, tables: Int32s, block_size: int, tuning: Tuning) -> StepWork:
+    """Cut a step into items and tiles.
+
+    Args:
+        query_start: int32 ``[n + 1]``: a sequence's new tokens are ``query_start[i]:query_start[i + 1]``.
+        seq_lens: int32 ``[n]``: tokens to attend over, the new ones included; 0 in a padding row.
+        tables: int32 ``[n, width]``: each sequence's blocks.
+        block_size: tokens of a block.
+        tuning: what decides sizes.
+    """
+    counts = np.diff(query_start)
+    rows = np.zeros((len(seq_lens), FIELDS), np.int32)
+    rows[:, 0], rows[:, 1], rows[:, 7] = query_start[:-1], seq_lens, counts
+    single = counts == 1
+    decodes = np.flatnonzero(single & (seq_lens > 0))
+    rows[~single, 3] = -1
+    items, num_slots, has_shared = _decode_items(rows, decodes, tables, block_size, tuning)
+    tiles = _tiles(counts, seq_lens, tuning.tokens_per_tile)
+    return StepWork(
+        items=items,
+        rows=rows,
+        tiles=tiles,
+        num_slots=num_slots,
+        has_shared=has_shared,
+        has_decode=len(items) > 0,
+        has_merge=bool((rows[:, 3] >= 0).any()),
+    )
+
+
+def _decode_items(
+    rows: Int32s, decodes: Ints, tables: Int32s, block_size: int, tuning: Tuning
+) -> tuple[Int32s, int, bool]:
+    """Cut the decode rows into items, and say in ``rows`` where each one's partial results will be."""
+    lengths = rows[:, 1].astype(np.int64)
+    chunks = _chunks(decodes, lengths, tables, block_size, tuning)
+    begins = np.zeros(len(rows), np.int64)
+    members = np.repeat(np.arange(len(chunks)), chunks[:, 1])
+    sharing = np.repeat(chunks[:, 0] - (np.cumsum(chunks[:, 1]) - chunks[:, 1]), chunks[:, 1]) + np.arange(len(members))
+    begins[sharing] = chunks[members, 2]
+    # Segments: first row, rows, first token, end token. Each row's own come first.
+    own = np.stack([decodes, np.ones_like(decodes), begins[decodes], lengths[decodes]], axis=1)
+    shared = np.stack([chunks[:, 0], chunks[:, 1], np.zeros(len(chunks), np.int64), chunks[:, 2]], axis=1)
+    segments = np.concatenate([own, shared])
+    items, splits, slots = _split(segments, tuning.extra_items(len(rows)), tuning.min_split)
+    rows[decodes, 2], rows[decodes, 3] = slots[: len(decodes)], splits[: len(decodes)]
+    rows[sharing, 4] = slots[len(decodes) :][members] + sharing - chunks[members, 0]
+    rows[sharing, 5] = chunks[members, 1]
+    rows[sharing, 6] = splits[len(decodes) :][members]
+    direct = np.zeros(len(rows), np.bool_)
+    direct[decodes] = (rows[decodes, 3] == 1) & (rows[decodes, 6] == 0)
+    rows[direct, 3] = -1
+    items[direct[items[:, 0]] & (items[:, 1] == 1), 4] = -1
+    order = np.argsort(items[:, 2] - items[:, 3], kind="stable")
+    return items[order], int((splits * segments[:, 1]).sum()), len(chunks) > 0
+
+
+def _split(segments: Ints, extra: int, least: int) -> tuple[Int32s, Ints, Ints]:
+    """Cut segments into items of about the same length.
+
+    Returns:
+        The items, and for each segment its number of items and its first partial slot.
+    """
+    lengths = segments[:, 3] - segments[:, 2]
+    target = max(least, -(-int(lengths.sum()) // extra))
+    splits = -(-lengths // target)
+    many = segments[:, 1] >= MANY_ROWS
+    splits[many] = np.minimum(splits[many], FEW_SPLITS)
+    pieces = np.maximum(-(-lengths // (np.maximum(splits, 1) * ALIGN)) * ALIGN, 1)
+    splits = -(-lengths // pieces)
+    slot_counts = splits * segments[:, 1]
+    slots = np.cumsum(slot_counts) - slot_counts
+    parent = np.repeat(np.arange(len(segments)), splits)
+    place = np.arange(len(parent)) - (np.cumsum(splits) - splits)[parent]
+    items = np.zeros((len(parent), FIELDS), np.int32)
+    items[:, :2] = segments[parent, :2]
+    items[:, 2] = segments[parent, 2] + place * pieces[parent]
+    items[:, 3] = np.minimum(items[:, 2] + pieces[parent], segments[parent, 3])
+    items[:, 4] = slots[parent] + place * segments[parent, 1]
+    return items, splits, slots
+
+
+def _chunks(decodes: Ints, lengths: Ints, tables: Int32s, block_size: int, tuning: Tuning) -> Ints:
+    """Chunks of rows that share a prefix: int64 ``[chunks, 3]``: first row, rows, tokens they share."""
+    most = tuning.rows_per_chunk
+    if most < 2 or len(decodes) < 2:  # noqa: PLR2004 (fewer share nothing)
+        return np.zeros((0, 3), np.int64)
+    common = common_blocks(decodes, lengths // block_size, tables, -(-tuning.min_shared // block_size))
+    found = [
+        (first + rows * i // parts, rows * (i + 1) // parts - rows * i // parts, shared * block_size)
+        for first, rows, shared in groups(common)
+        for parts in [-(-rows // most)]
+        for i in range(parts)
+    ]
+    return np.array(found, np.int64).reshape(-1, 3)
+
+
+def common_blocks(decodes: Ints, full: Ints, tables: Int32s, least: int) -> Ints:
+    """Count the leading blocks that each row shares with the next: int64 ``[n - 1]``, 0 where fewer than ``least``.
+
+    Args:
+        decodes: the decode rows, ascending.
+        full: int64 ``[n]``: full blocks of each row; later ones are never shared.
+        tables: int32 ``[n, width]``.
+        least: fewest blocks worth sharing.
+    """
+    common = np.zeros(max(0, len(full) - 1), np.int64)
+    decoding = np.zeros(len(full), np.bool_)
+    decoding[decodes] = True
+    limits = np.minimum(full[1:], full[:-1])
+    alike = decoding[1:] & decoding[:-1] & (limits >= max(1, least))
+    if not alike.any():
+        return common
+    alike &= (tables[1:, 0] == tables[:-1, 0]) & (tables[1:, least - 1] == tables[:-1, least - 1])
+    pairs = np.flatnonzero(alike)
+    if not len(pairs):
+        return common
+    first, last, width = int(pairs[0]), int(pairs[-1]) + 2, int(limits[pairs].max())
+    if (last - first) // 2 < len(pairs):
+        # Most rows are concerned: comparing slices saves copies.
+        same = (tables[first + 1 : last, :width] == tables[first : last - 1, :width])[pairs - first]
+    else:
+        same = tables[pairs + 1, :width] == tables[pairs, :width]
+    lead = np.where(same.all(axis=1), width, same.argmin(axis=1))
+    lead = np.minimum(lead, limits[pairs])
+    common[pairs] = np.where(lead >= least, lead, 0)
+    return common
+
+
+def groups(common: Ints) -> list[tuple[int, int, int]]:
+    """Cut adjacent rows into groups so that most tokens need not be read twice.
+
+    Args:
+        common: int64 ``[n - 1]``: leading blocks that row ``i`` shares with row ``i + 1``.
+
+    Returns:
+        For each group its first row, its number of rows and the blocks they share.
+    """
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], common > 0, [False]])))
+    found: list[tuple[int, int, int]] = []
+    for first, last in edges.reshape(-1, 2).tolist():
+        found += _best(common[first:last].tolist(), first)[1]
+    return found
+
+
+def _best(common: list[int], first: int) -> tuple[int, list[tuple[int, int, int]]]:
+    """Saved blocks and groups of a run of rows: one group, or those that fall apart where they share least."""
+    least = min(common)
+    whole = (len(common) * least, [(first, len(common) + 1, least)])
+    if least == max(common):
+        return whole
+    saved, start = 0, 0
+    parts: list[tuple[int, int, int]] = []
+    for end in [i for i, shared in enumerate(common) if shared == least] + [len(common)]:
+        if end > start:
+            value, inner = _best(common[start:end], first + start)
+            saved, parts = saved + value, parts + inner
+        start = end + 1
+    return (saved, parts) if saved > whole[0] else whole
+
+
+def _tiles(counts: Ints, seq_lens: Int32s, size: int) -> Int32s:
+    """Tiles of the sequences with several new tokens; those that see most keys come first."""
+    several = np.flatnonzero((counts > 1) & (seq_lens > 0))
+    numbers = -(-counts[several] // size)
+    row = np.repeat(several, numbers)
+    first = (np.arange(len(row)) - np.repeat(np.cumsum(numbers) - numbers, numbers)) * size
+    seen = seq_lens[row] - counts[row] + first
+    return np.stack([row, first], axis=1).astype(np.int32)[np.argsort(-seen, kind="stable")]

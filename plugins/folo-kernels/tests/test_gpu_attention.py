@@ -1,0 +1,326 @@
+"""Attention over blocks on a device equals dense float64 attention, whatever lies in slots that belong to nobody.
+
+On a machine without CUDA the kernels run in Triton's interpreter; with CUDA the same tests run compiled, and larger.
+"""
+
+from __future__ import annotations
+
+import math
+
+import attrs
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from folo_kernels.gpu import interpreter
+from folo_kernels.gpu.blocks import DeviceBlocks, LayerShape
+from folo_kernels.gpu.plan import Tuning
+
+HAS_CUDA = torch.cuda.is_available()
+REASON = "with CUDA kernels are compiled" if HAS_CUDA else interpreter.enable()
+if not HAS_CUDA and REASON:
+    pytest.skip(REASON, allow_module_level=True)
+
+from folo_kernels.gpu.attention import (  # noqa: E402 (Triton reads how to run kernels when it is imported)
+    Configs,
+    DecodeConfig,
+    PagedAttention,
+    PrefillConfig,
+    Scoring,
+    configs_for,
+    store_kv,
+)
+
+interpreted = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+compiled = [pytest.mark.gpu, pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")]
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+def dense(query, key, value, *, scale, window=None, softcap=None):  # noqa: PLR0913 (what attention depends on)
+    """Causal attention of one sequence's last tokens, in float64."""
+    query = query.double()
+    key, value = (each.double().repeat_interleave(query.shape[1] // key.shape[1], 1) for each in (key, value))
+    scores = torch.einsum("nhd,mhd->hnm", query, key) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    n, m = query.shape[0], key.shape[0]
+    distance = torch.arange(m - n, m, device=query.device)[:, None] - torch.arange(m, device=query.device)
+    hidden = (distance < 0) | (distance >= (window or m + 1))
+    return torch.einsum("hnm,mhd->nhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), value)
+
+
+@attrs.frozen(kw_only=True)
+class Case:
+    sequences: list[tuple[int, int]]
+    """New tokens and tokens that came before; (1, -1) is a padding row."""
+    shared: list[int] = attrs.field(factory=list)
+    """For each sequence, how many blocks it has in common with the one before; as many as both fill, at most."""
+    kv_heads: int = 2
+    group: int = 2
+    head_size: int = 64
+    value_size: int = 64
+    block_size: int = 16
+    window: int | None = None
+    softcap: float | None = None
+    min_split: int = 32
+    extra: int = 8
+    """Items beyond one for each row, about."""
+    captured: bool = False
+    seed: int = 0
+
+
+class Run:
+    """A case's blocks, in which all slots but the sequences' own hold NaN, and its queries."""
+
+    def __init__(self, case, dtype=torch.float32, device="cpu", configs=None):
+        self.case, self.random = case, np.random.default_rng(case.seed)
+        torch.manual_seed(case.seed)
+        self.device, self.dtype = torch.device(device), dtype
+        self.lens = np.array([new + past for new, past in case.sequences], np.int32)
+        self.query_start = np.cumsum([0, *(new for new, _ in case.sequences)]).astype(np.int32)
+        self.tables = self.block_tables()
+        shape = LayerShape(kv_heads=case.kv_heads, key_size=case.head_size, value_size=case.value_size, dtype=dtype)
+        self.blocks = DeviceBlocks([shape, shape], int(self.tables.max()) + 2, case.block_size, self.device)
+        for cache in self.blocks.tensors():
+            cache.fill_(math.nan)
+        slots = torch.from_numpy(np.unique(np.concatenate([self.slots(i) for i in range(len(self.lens))])))
+        for cache, size in ((self.blocks.keys[1], case.head_size), (self.blocks.values[1], case.value_size)):
+            new = torch.randn(len(slots), case.kv_heads, size).to(self.device, dtype)
+            cache[slots // case.block_size, :, slots % case.block_size] = new
+        heads = case.kv_heads * case.group
+        self.query = torch.randn(int(self.query_start[-1]), heads, case.head_size).to(self.device, dtype)
+        processors = max(1, -(-case.extra * case.kv_heads // 4))
+        configs = configs or Configs(
+            decode=DecodeConfig(block_n=32, shared_rows=16, shared_block_n=16, num_warps=4, num_stages=3),
+            prefill=PrefillConfig(block_m=16, block_n=16, num_warps=4, num_stages=3),
+        )
+        tuning = Tuning(
+            kv_heads=case.kv_heads, group=1, min_split=case.min_split, processors=processors, waves=1,
+            min_shared=2 * case.block_size, shared_rows=configs.decode.shared_rows, query_rows=configs.prefill.block_m,
+        )  # fmt: skip
+        width = self.tables.shape[1]
+        self.attention = PagedAttention(
+            self.blocks, max_rows=len(self.lens), max_width=width, tuning=tuning, configs=configs
+        )
+
+    def block_tables(self):
+        size = self.case.block_size
+        needed = [-(-int(length) // size) for length in self.lens]
+        free = iter((self.random.permutation(sum(needed)) + 1).tolist())
+        tables = np.zeros((len(needed), max([1, *needed]) + 1), np.int32)
+        for i, count in enumerate(needed):
+            tables[i, :count] = [next(free) for _ in range(count)]
+            wanted = self.case.shared[i] if i and i < len(self.case.shared) else 0
+            common = min(wanted, *(int(self.before(j)) // size for j in (i - 1, i))) if i else 0
+            tables[i, : max(0, common)] = tables[i - 1, : max(0, common)]
+        return tables
+
+    def before(self, i):
+        return self.case.sequences[i][1]
+
+    def slots(self, i):
+        positions = np.arange(max(0, self.lens[i]))
+        size = self.case.block_size
+        return self.tables[i, positions // size].astype(np.int64) * size + positions % size
+
+    def scoring(self):
+        return Scoring(scale=self.case.head_size**-0.5, window=self.case.window, softcap=self.case.softcap)
+
+    def attend(self, query=None, out=None):
+        case = self.case
+        plan = self.attention.plan(self.query_start, self.lens, self.tables, is_captured=case.captured)
+        if out is None:
+            out = torch.full((len(self.query), self.query.shape[1], case.value_size), math.nan).to(self.query)
+        return plan, self.attention.attend(1, self.query if query is None else query, plan, self.scoring(), out)
+
+    def wanted(self):
+        case, outputs = self.case, []
+        for i, (new, _) in enumerate(case.sequences):
+            slots = torch.from_numpy(self.slots(i)).to(self.device)
+            key, value = (
+                cache[slots // case.block_size, :, slots % case.block_size]
+                for cache in (self.blocks.keys[1], self.blocks.values[1])
+            )
+            query = self.query[self.query_start[i] : self.query_start[i + 1]]
+            if len(slots):
+                scale = case.head_size**-0.5
+                outputs.append(dense(query, key, value, scale=scale, window=case.window, softcap=case.softcap))
+            else:
+                outputs.append(torch.zeros(new, *self.query.shape[1:2], case.value_size).to(query).double())
+        return torch.cat(outputs)
+
+    def check(self):
+        plan, got = self.attend()
+        torch.testing.assert_close(got.double(), self.wanted(), rtol=0, atol=TOLERANCE[self.dtype])
+        return plan
+
+
+@st.composite
+def cases(draw, most=90):
+    captured = draw(st.booleans())
+    decode = st.tuples(st.just(1), st.integers(0, most))
+    kinds = (
+        [decode, decode, st.just((1, -1))]
+        if captured
+        else [decode, st.tuples(st.integers(2, 40), st.integers(0, most))]
+    )
+    sequences = draw(st.lists(st.one_of(kinds), min_size=1, max_size=6))
+    head_size = draw(st.sampled_from([64, 64, 80, 96, 128, 256]))
+    return Case(
+        sequences=sequences,
+        shared=draw(st.lists(st.sampled_from([0, 3, 100]), min_size=len(sequences), max_size=len(sequences))),
+        kv_heads=draw(st.integers(1, 2)),
+        group=draw(st.sampled_from([1, 2, 3, 4, 8])),
+        head_size=head_size,
+        value_size=draw(st.sampled_from([head_size, head_size, 48])),
+        block_size=draw(st.sampled_from([4, 16])),
+        window=draw(st.sampled_from([None, None, 1, 20])),
+        softcap=draw(st.sampled_from([None, None, 5.0])),
+        min_split=draw(st.sampled_from([32, 64, 1000])),
+        extra=draw(st.sampled_from([1, 4, 30])),
+        captured=captured,
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+@interpreted
+@settings(max_examples=12)
+@given(cases())
+def test_equals_dense_attention_amid_nan(case):
+    """All slots but the sequences' own hold NaN, as does the output before, so none is read and all is written."""
+    Run(case).check()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@settings(max_examples=60)
+@given(case=cases(most=700))
+def test_compiled_kernels_equal_dense_attention_amid_nan(dtype, case):
+    configs = configs_for(torch.cuda.get_device_capability(), max(case.head_size, case.value_size), dtype)
+    Run(case, dtype, "cuda", configs).check()
+
+
+DEVICES = [
+    pytest.param("cpu", torch.float32, 1, marks=interpreted),
+    pytest.param("cuda", torch.bfloat16, 24, marks=compiled),
+    pytest.param("cuda", torch.float16, 24, marks=compiled),
+]
+on_devices = pytest.mark.parametrize(("device", "dtype", "times"), DEVICES)
+
+
+@on_devices
+@pytest.mark.parametrize("group", [1, 2, 4, 8])
+def test_rows_that_share_a_prefix_read_it_together(device, dtype, times, group):
+    length = 48 * times
+    rows = [(1, length + extra) for extra in (1, 20, 0, 33, 7)]
+    case = Case(sequences=rows, shared=[0, *[100 * times] * 4], group=group, extra=20)
+    plan = Run(case, dtype, device).check()
+    items = plan.work.items
+    within = items[items[:, 2] < length // 16 * 16]
+    chunks = -(-len(rows) // (16 // group))
+    assert (within[:, 3] - within[:, 2]).sum() == chunks * (length // 16 * 16)
+    assert within[:, 1].max() == -(-len(rows) // chunks)
+
+
+@on_devices
+def test_a_window_hides_most_of_a_shared_prefix(device, dtype, times):
+    rows = [(1, 64 * times + extra) for extra in (1, 20, 5)]
+    case = Case(sequences=rows, shared=[0, 100 * times, 100 * times], window=30, extra=20)
+    assert Run(case, dtype, device).check().work.has_shared
+
+
+@on_devices
+def test_a_captured_step_launches_the_same_whatever_its_rows_hold(device, dtype, times):
+    launches = set()
+    for past in (0, 40 * times, 90 * times):
+        case = Case(sequences=[(1, past), (1, past // 2), (1, -1)], shared=[0, 2, 0], captured=True)
+        plan = Run(case, dtype, device).check()
+        launches.add((plan.item_programs, plan.has_shared, plan.has_merge, plan.num_slots))
+        assert len(plan.work.items) <= plan.item_programs
+    assert len(launches) == 1
+
+
+@on_devices
+def test_strided_queries_and_outputs_are_taken_as_they_lie(device, dtype, times):
+    run = Run(Case(sequences=[(1, 40), (9, 5), (1, 3)]), dtype, device)
+    tokens, heads, size = run.query.shape
+    packed = torch.full((tokens, heads + 5, size), math.nan).to(run.query)
+    packed[:, :heads] = run.query
+    out = torch.full((tokens, heads + 2, size), math.nan).to(run.query)
+    run.attend(packed[:, :heads], out[:, :heads])
+    torch.testing.assert_close(out[:, :heads].double(), run.wanted(), rtol=0, atol=TOLERANCE[dtype])
+    assert out[:, heads:].isnan().all()
+
+
+@on_devices
+def test_a_nan_in_one_row_stays_there(device, dtype, times):
+    run = Run(Case(sequences=[(1, 50), (1, 60), (1, 55)], shared=[0, 3, 3], extra=20), dtype, device)
+    run.query[1, 0] = math.nan
+    _, got = run.attend()
+    assert got[1, 0].isnan().all()
+    keep = [0, 2]
+    torch.testing.assert_close(got[keep].double(), run.wanted()[keep], rtol=0, atol=TOLERANCE[dtype])
+
+
+@on_devices
+def test_two_plans_at_once_keep_apart(device, dtype, times):
+    run, other = (Run(Case(sequences=[(1, past)], seed=past), dtype, device) for past in (40, 60))
+    first = run.attention.plan(run.query_start, run.lens, run.tables)
+    run.attention.plan(other.query_start, np.minimum(other.lens, 5), other.tables)
+    got = run.attention.attend(1, run.query, first, run.scoring())
+    torch.testing.assert_close(got.double(), run.wanted(), rtol=0, atol=TOLERANCE[dtype])
+
+
+def test_a_captured_step_beyond_the_room_is_refused_with_the_numbers():
+    run = Run(Case(sequences=[(1, 40)]), device="cuda" if HAS_CUDA else "cpu")
+    lens, tables = np.full(900, 41, np.int32), np.ones((900, 3), np.int32)
+    query_start = np.arange(901, dtype=np.int32)
+    with pytest.raises(ValueError, match="900 rows and 3 blocks"):
+        run.attention.plan(query_start, lens, tables, is_captured=True)
+    assert run.attention.plan(query_start, lens, tables).device.numel() > run.attention.stager._memory.numel()
+
+
+@on_devices
+def test_new_keys_and_values_go_to_their_slots_and_nowhere_else(device, dtype, times):
+    key, value = torch.randn(5, 3, 80).to(device, dtype), torch.randn(5, 4, 48).to(device, dtype)[:, 1:]
+    keys, values = torch.zeros(4, 3, 8, 80).to(key), torch.zeros(4, 3, 8, 48).to(key)
+    slots = torch.tensor([9, 0, 31, 17, 16], device=device)
+    store_kv(key, value, slots, keys, values)
+    for cache, new in ((keys, key), (values, value)):
+        wanted = torch.zeros_like(cache)
+        wanted[slots // 8, :, slots % 8] = new
+        assert torch.equal(cache, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")
+def test_a_captured_graph_serves_other_steps_of_its_rows():
+    lengths = [(700, 30, 5, -1), (3, 1200, 900, 64), (64, 64, 64, 64)]
+    run = Run(Case(sequences=[(1, 1500)] * 4, captured=True), torch.bfloat16, "cuda")
+    out = torch.empty_like(run.query)
+    plan, _ = run.attend(out=out)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run.attention.attend(1, run.query, plan, run.scoring(), out)
+    for past in lengths:
+        run.lens = np.array(past, np.int32) + 1
+        run.attention.plan(run.query_start, run.lens, run.tables, is_captured=True)
+        out.fill_(math.nan)
+        graph.replay()
+        torch.testing.assert_close(out.double(), run.wanted(), rtol=0, atol=TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0)])
+@pytest.mark.parametrize("head_size", [64, 80, 128, 192, 256])
+def test_configurations_fit_shared_memory(capability, head_size):
+    """Keys and values of two steps and the queries; 99 KiB on 8.6, more elsewhere."""
+    for dtype in (torch.bfloat16, torch.float32):
+        configs = configs_for(capability, head_size, dtype)
+        row = (1 << (head_size - 1).bit_length()) * dtype.itemsize
+        room = 99 * 1024 if capability[0] == 8 else 227 * 1024
+        assert (configs.prefill.block_m + 4 * configs.prefill.block_n) * row <= room
+        assert (configs.decode.shared_rows + 4 * configs.decode.shared_block_n) * row <= room
