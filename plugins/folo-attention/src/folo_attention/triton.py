@@ -10,10 +10,10 @@ from folo_kernels.gpu.blocks import DeviceBlocks, LayerShape
 from folo_kernels.gpu.staging import StagedPlan
 
 if TYPE_CHECKING:
-    from folo_kernels.gpu.attention import Configs
     import torch
 
     from folo_core.attention.interface import AttentionMetadata, KVCacheSpec
+    from folo_kernels.gpu.attention import Configs
     from folo_kernels.gpu.plan import Tuning
 
 

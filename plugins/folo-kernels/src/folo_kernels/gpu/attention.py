@@ -13,11 +13,11 @@ from folo_kernels.gpu.plan import Tuning
 from folo_kernels.gpu.staging import Stager
 
 if TYPE_CHECKING:
-    from folo_kernels.gpu.staging import StagedPlan
     import numpy as np
     from numpy.typing import NDArray
 
     from folo_kernels.gpu.blocks import DeviceBlocks
+    from folo_kernels.gpu.staging import StagedPlan
 
     Int32s = NDArray[np.int32]
 

@@ -115,8 +115,8 @@ def decode_kernel(
     query, keys, values, out, partials, partial_tops, header, items, rows, tables,
     query_stride, query_head_stride, out_stride, factor, cap, v_scale, window,
     ROW_TILE: tl.constexpr, SHARED_TILE: tl.constexpr, HAS_SHARED: tl.constexpr, BLOCK_N: tl.constexpr,
-    SHARED_BLOCK_N: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
-    KEY_TILE: tl.constexpr, VALUE_TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    SHARED_BLOCK_N: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, KEY_SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr, KEY_TILE: tl.constexpr, VALUE_TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program ``(head, i)``: item ``i`` of the step, one KV head. Programs beyond the step's items are idle."""
