@@ -132,60 +132,70 @@ def _decode_items(
     rows: Int32s, decodes: Ints, tables: Int32s, block_size: int, tuning: Tuning
 ) -> tuple[Int32s, int, bool]:
     """Cut the decode rows into items, and say in ``rows`` where each one's partial results will be."""
-    lengths = rows[:, 1].astype(np.int64)
-    chunks = _chunks(decodes, lengths, tables, block_size, tuning)
-    begins = np.zeros(len(rows), np.int64)
-    members = np.repeat(np.arange(len(chunks)), chunks[:, 1])
-    sharing = np.repeat(chunks[:, 0] - (np.cumsum(chunks[:, 1]) - chunks[:, 1]), chunks[:, 1]) + np.arange(len(members))
-    begins[sharing] = chunks[members, 2]
-    # Segments: first row, rows, first token, end token. Each row's own come first.
-    own = np.stack([decodes, np.ones_like(decodes), begins[decodes], lengths[decodes]], axis=1)
-    shared = np.stack([chunks[:, 0], chunks[:, 1], np.zeros(len(chunks), np.int64), chunks[:, 2]], axis=1)
-    segments = np.concatenate([own, shared])
+    chunks = _chunks(decodes, rows[:, 1], tables, block_size, tuning)
+    segments = np.zeros((len(decodes) + len(chunks), 4), np.int64)
+    own, shared = segments[: len(decodes)], segments[len(decodes) :]
+    own[:, 0], own[:, 1], own[:, 3] = decodes, 1, rows[decodes, 1]
+    shared[:, 0], shared[:, 1], shared[:, 3] = chunks.T
+    sharing = _members(chunks)
+    if len(chunks):
+        begins = np.zeros(len(rows), np.int64)
+        begins[sharing] = np.repeat(chunks[:, 2], chunks[:, 1])
+        own[:, 2] = begins[decodes]
     items, splits, slots = _split(segments, tuning.extra_items(len(rows)), tuning.min_split)
     rows[decodes, 2], rows[decodes, 3] = slots[: len(decodes)], splits[: len(decodes)]
-    rows[sharing, 4] = slots[len(decodes) :][members] + sharing - chunks[members, 0]
-    rows[sharing, 5] = chunks[members, 1]
-    rows[sharing, 6] = splits[len(decodes) :][members]
-    direct = np.zeros(len(rows), np.bool_)
-    direct[decodes] = (rows[decodes, 3] == 1) & (rows[decodes, 6] == 0)
+    if len(chunks):
+        parts = np.stack([slots[len(decodes) :] - chunks[:, 0], chunks[:, 1], splits[len(decodes) :]], axis=1)
+        rows[sharing, 4:7] = np.repeat(parts, chunks[:, 1], axis=0)
+        rows[sharing, 4] += sharing
+    direct = (rows[:, 3] == 1) & (rows[:, 6] == 0)
     rows[direct, 3] = -1
     items[direct[items[:, 0]] & (items[:, 1] == 1), 4] = -1
     order = np.argsort(items[:, 2] - items[:, 3], kind="stable")
-    return items[order], int((splits * segments[:, 1]).sum()), len(chunks) > 0
+    return items[order], int(splits @ segments[:, 1]), len(chunks) > 0
+
+
+def _members(chunks: Ints) -> Ints:
+    """Rows of all chunks, chunk after chunk."""
+    ends = np.cumsum(chunks[:, 1])
+    return np.repeat(chunks[:, 0] + chunks[:, 1] - ends, chunks[:, 1]) + np.arange(ends[-1] if len(ends) else 0)
 
 
 def _split(segments: Ints, extra: int, least: int) -> tuple[Int32s, Ints, Ints]:
     """Cut segments into items of about the same length.
 
+    Args:
+        segments: int64 ``[n, 4]``: first row, rows, first token, end token.
+        extra: items beyond one for each segment, at most.
+        least: fewest tokens of an item, unless its segment has fewer.
+
     Returns:
         The items, and for each segment its number of items and its first partial slot.
     """
-    lengths = segments[:, 3] - segments[:, 2]
+    _, members, begins, ends = segments.T
+    lengths = ends - begins
     target = max(least, -(-int(lengths.sum()) // extra))
-    splits = -(-lengths // target)
-    many = segments[:, 1] >= MANY_ROWS
-    splits[many] = np.minimum(splits[many], FEW_SPLITS)
+    splits = np.where(members >= MANY_ROWS, np.minimum(-(-lengths // target), FEW_SPLITS), -(-lengths // target))
     pieces = np.maximum(-(-lengths // (np.maximum(splits, 1) * ALIGN)) * ALIGN, 1)
     splits = -(-lengths // pieces)
-    slot_counts = splits * segments[:, 1]
-    slots = np.cumsum(slot_counts) - slot_counts
+    results = splits * members
+    slots = np.cumsum(results) - results
     parent = np.repeat(np.arange(len(segments)), splits)
     place = np.arange(len(parent)) - (np.cumsum(splits) - splits)[parent]
     items = np.zeros((len(parent), FIELDS), np.int32)
-    items[:, :2] = segments[parent, :2]
-    items[:, 2] = segments[parent, 2] + place * pieces[parent]
-    items[:, 3] = np.minimum(items[:, 2] + pieces[parent], segments[parent, 3])
-    items[:, 4] = slots[parent] + place * segments[parent, 1]
+    items[:, :4] = segments[parent]
+    items[:, 2] += place * pieces[parent]
+    items[:, 3] = np.minimum(items[:, 2] + pieces[parent], items[:, 3])
+    items[:, 4] = slots[parent] + place * members[parent]
     return items, splits, slots
 
 
-def _chunks(decodes: Ints, lengths: Ints, tables: Int32s, block_size: int, tuning: Tuning) -> Ints:
+def _chunks(decodes: Ints, lengths: Int32s, tables: Int32s, block_size: int, tuning: Tuning) -> Ints:
     """Chunks of rows that share a prefix: int64 ``[chunks, 3]``: first row, rows, tokens they share."""
     most = tuning.rows_per_chunk
     if most < 2 or len(decodes) < 2:  # noqa: PLR2004 (fewer share nothing)
         return np.zeros((0, 3), np.int64)
-    common = common_blocks(decodes, lengths // block_size, tables, -(-tuning.min_shared // block_size))
+    common = common_blocks(decodes, lengths // block_size, tables, max(1, -(-tuning.min_shared // block_size)))
     found = [
         (first + rows * i // parts, rows * (i + 1) // parts - rows * i // parts, shared * block_size)
         for first, rows, shared in groups(common)
@@ -195,36 +205,46 @@ def _chunks(decodes: Ints, lengths: Ints, tables: Int32s, block_size: int, tunin
     return np.array(found, np.int64).reshape(-1, 3)
 
 
-def common_blocks(decodes: Ints, full: Ints, tables: Int32s, least: int) -> Ints:
+def common_blocks(decodes: Ints, full: NDArray[np.integer], tables: Int32s, least: int) -> Ints:
     """Count the leading blocks that each row shares with the next: int64 ``[n - 1]``, 0 where fewer than ``least``.
 
     Args:
         decodes: the decode rows, ascending.
         full: int64 ``[n]``: full blocks of each row; later ones are never shared.
         tables: int32 ``[n, width]``.
-        least: fewest blocks worth sharing.
+        least: fewest blocks worth sharing, 1 at least.
     """
     common = np.zeros(max(0, len(full) - 1), np.int64)
-    decoding = np.zeros(len(full), np.bool_)
-    decoding[decodes] = True
     limits = np.minimum(full[1:], full[:-1])
-    alike = decoding[1:] & decoding[:-1] & (limits >= max(1, least))
-    if not alike.any():
-        return common
-    alike &= (tables[1:, 0] == tables[:-1, 0]) & (tables[1:, least - 1] == tables[:-1, least - 1])
+    # The last block that a prefix must have tells most rows apart at once.
+    alike = tables[1:, least - 1] == tables[:-1, least - 1] if least <= tables.shape[1] else limits < 0
+    alike = alike & (limits >= least)
     pairs = np.flatnonzero(alike)
     if not len(pairs):
         return common
-    first, last, width = int(pairs[0]), int(pairs[-1]) + 2, int(limits[pairs].max())
-    if (last - first) // 2 < len(pairs):
-        # Most rows are concerned: comparing slices saves copies.
-        same = (tables[first + 1 : last, :width] == tables[first : last - 1, :width])[pairs - first]
+    decoding = np.zeros(len(full), np.bool_)
+    decoding[decodes] = True
+    pairs = pairs[decoding[pairs] & decoding[pairs + 1]]
+    if not len(pairs):
+        return common
+    width = int(limits[pairs].max())
+    first, last = int(pairs[0]), int(pairs[-1]) + 1
+    if last - first < 2 * len(pairs):
+        # Most rows between are concerned: comparing slices spares copies of their tables.
+        lead = _leading(tables[first : last + 1, :width])[pairs - first]
     else:
-        same = tables[pairs + 1, :width] == tables[pairs, :width]
-    lead = np.where(same.all(axis=1), width, same.argmin(axis=1))
+        lead = _leading(tables[np.stack([pairs, pairs + 1], axis=1).ravel(), :width])[::2]
     lead = np.minimum(lead, limits[pairs])
     common[pairs] = np.where(lead >= least, lead, 0)
     return common
+
+
+def _leading(tables: Int32s) -> Ints:
+    """Count the leading entries that each row has in common with the next: int64 ``[n - 1]``."""
+    unlike = tables[1:] != tables[:-1]
+    lead: Ints = unlike.argmax(axis=1)
+    lead[~unlike[np.arange(len(lead)), lead]] = tables.shape[1]
+    return lead
 
 
 def groups(common: Ints) -> list[tuple[int, int, int]]:
@@ -262,6 +282,8 @@ def _best(common: list[int], first: int) -> tuple[int, list[tuple[int, int, int]
 def _tiles(counts: Ints, seq_lens: Int32s, size: int) -> Int32s:
     """Tiles of the sequences with several new tokens; those that see most keys come first."""
     several = np.flatnonzero((counts > 1) & (seq_lens > 0))
+    if not len(several):
+        return np.zeros((0, 2), np.int32)
     numbers = -(-counts[several] // size)
     row = np.repeat(several, numbers)
     first = (np.arange(len(row)) - np.repeat(np.cumsum(numbers) - numbers, numbers)) * size
