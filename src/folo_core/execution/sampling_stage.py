@@ -167,8 +167,10 @@ class SamplingStage:
         mine, batch = sampled.take(rows), self.batch
         metadata = self._metadata(mine)
         given = _take(logits, rows)
-        given = given if getattr(sampler, "reads_any_dtype", False) else given.float()
-        peaks = None if getattr(sampler, "fills_peaks", False) else given.amax(1)
+        # Only samplers that read logits as they are leave them so, and can be judged by what they have read.
+        as_they_are = getattr(sampler, "reads_any_dtype", False)
+        given = given if as_they_are else given.float()
+        peaks = None if as_they_are else given.amax(1)
         output = sampler.step(given, metadata)
         if output.tokens.shape != (len(rows), 1) or output.drafts is not None or output.errors:
             message = f"tokens {tuple(output.tokens.shape)} for {len(rows)} rows, or drafts or errors: it is not steady"

@@ -83,8 +83,8 @@ class SamplerOutput:
     """int64 ``[m, d]``: guesses at the tokens that follow ``tokens``, -1 padded. The next step computes them too and
     offers a row of logits after each; see ``SamplingMetadata.drafts``. The engine may cut them short."""
     peaks: torch.Tensor | None = None
-    """float ``[m]``: each row's largest logit as the sampler saw it, NaN if the row holds one; spares the engine its
-    own look, where the sampler's class says ``fills_peaks = True``."""
+    """float32 ``[m]``: each row's largest logit as the sampler saw it, NaN if it holds one; spares the engine its own
+    look. Only where the rows are those of the input, each once and in order."""
     errors: Mapping[str, Exception] | None = None
     """Requests that cannot go on, by id, and why: each ends in its error, its rows left out, and the others go on.
     A sampler that raises instead ends all of its requests."""
@@ -96,11 +96,11 @@ class Sampler(Protocol):
 
     A sampler whose attribute ``needs_history`` is true gets every row's token ids in ``metadata.history``.
 
-    A sampler may have a method ``steady_after(params) -> int | None``: from so many output tokens on, each row of a
-    request with these parameters goes on by exactly one token in every step, in place, and ``step`` never waits for the
-    device. Steps then run ahead: the next one starts from tokens that the host has not seen. None, as without the
-    method, promises nothing. Where rows run ahead, ``step`` gets logits in the model's dtype if the sampler's attribute
-    ``reads_any_dtype`` is true.
+    A sampler may have a method ``steady_after(params) -> int | None``, asked once, at admission. A number promises that
+    from so many output tokens on each row of a request goes on by exactly one token in every step, in place, and that
+    ``step`` never waits for the device. Steps then run ahead: the next one starts from tokens that the host has not
+    seen. None, as without the method, promises nothing. Where rows run ahead, a sampler whose attribute
+    ``reads_any_dtype`` is true gets logits in the model's dtype, and leaves them as they are.
     """
 
     def add_request(self, request: Request) -> None:
@@ -127,6 +127,14 @@ class Distribution(Protocol):
 
     def probabilities(self, logits: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor:
         """Return the probabilities that ``step`` draws each row's token by, float32 ``[rows, vocab]``."""
+
+
+@runtime_checkable
+class TokenScorer(Protocol):
+    """A sampler whose ``step`` leaves the logits as they are, and that states what single tokens' chances were."""
+
+    def log_probs_of(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the log-softmax of each row, at temperature 1, at its ``tokens`` int64 ``[rows, k]``: float32."""
 
 
 @runtime_checkable

@@ -25,6 +25,7 @@ class TritonBackend:
     """
 
     wants_device_metadata = False
+    supports_graphs = True
     blocks: DeviceBlocks
 
     def __init__(

@@ -16,7 +16,8 @@ import attrs
 import torch
 
 from folo_best_of.params import BestOfParams
-from folo_core.sampling.interface import SamplerOutput
+from folo_core.sampling.identity import identity
+from folo_core.sampling.interface import SamplerOutput, TokenScorer
 
 if TYPE_CHECKING:
     from folo_core.request import Request
@@ -39,25 +40,35 @@ class BestOfSampler:
     def __init__(self, draw: Sampler) -> None:
         """Draw tokens with ``draw``, which continues each row by one token."""
         self.needs_history = getattr(draw, "needs_history", False)
+        self.reads_any_dtype = getattr(draw, "reads_any_dtype", False) and isinstance(draw, TokenScorer)
         self._draw = draw
+        self._scorer = draw if isinstance(draw, TokenScorer) else None
         self._requests: dict[str, Request] = {}
+        self._fanned_out: set[str] = set()
+
+    def steady_after(self, params: SamplingParams) -> int | None:
+        """Return 1 if all candidates are kept to their ends: then only the fan-out is no plain step."""
+        steady = getattr(self._draw, "steady_after", None)
+        return 1 if _keeps_all(params) and steady is not None and steady(params) == 0 else None
 
     def add_request(self, request: Request) -> None:
         """Remember the request: its candidates that have ended decide which of the others can still win."""
         self._requests[request.request_id] = request
+        self._fanned_out.discard(request.request_id)
         self._draw.add_request(request)
 
     def step(self, logits: torch.Tensor, metadata: SamplingMetadata) -> SamplerOutput:
         """Fan out rows that are new, draw a token for every candidate, and drop candidates that can win no more."""
-        log_probs = logits.log_softmax(-1)  # before the draw, which may write to the logits
-        parents = torch.arange(metadata.num_rows, device=logits.device)
-        copies = _copies(metadata)
+        scorer = self._scorer
+        log_probs = logits if scorer else logits.log_softmax(-1)  # before the draw, which may write to the logits
+        parents = identity(metadata.num_rows, logits.device)
+        copies = self._copies(metadata)
         if copies is not None:
             metadata = _fan_out(metadata, copies)
             parents = parents.repeat_interleave(torch.tensor(copies, device=logits.device))
             logits = logits[parents]
         tokens = self._draw.step(logits, metadata).tokens
-        logprobs = log_probs[parents[:, None], tokens]
+        logprobs = scorer.log_probs_of(logits, tokens) if scorer else log_probs[parents[:, None], tokens]
         scores = metadata.scores + logprobs.sum(1)
         kept = self._contenders(scores, metadata)
         return SamplerOutput(
@@ -77,7 +88,20 @@ class BestOfSampler:
     def remove_request(self, request_id: str) -> None:
         """Forget the request."""
         self._requests.pop(request_id, None)
+        self._fanned_out.discard(request_id)
         self._draw.remove_request(request_id)
+
+    def _copies(self, metadata: SamplingMetadata) -> list[int] | None:
+        """Return how many candidates each row becomes; None if no row is new. Only a request's one row can be new.
+
+        Tags say which rows are, but reading them waits for the device: once per request is enough.
+        """
+        single = [(name, rows.start) for name, rows in metadata.groups if len(rows) == 1]
+        unsure = [row for name, row in single if name not in self._fanned_out]
+        self._fanned_out.update(name for name, _ in metadata.groups)  # they all have, after this step
+        tags = metadata.tags[unsure].tolist() if unsure else []
+        new = {row for row, tag in zip(unsure, tags, strict=True) if tag == 0}
+        return [params.best_of if row in new else 1 for row, params in enumerate(metadata.params)] if new else None
 
     def _contenders(self, scores: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor | slice:
         """Return what selects the candidates that may yet be among the best of their request.
@@ -102,14 +126,6 @@ class BestOfSampler:
         return torch.ge(scores.double() / length.pow(penalty) * _MARGIN, target)
 
 
-def _copies(metadata: SamplingMetadata) -> list[int] | None:
-    """Return how many candidates each row becomes; None if no row is new. Only a request's one row can be new."""
-    single = [rows.start for _, rows in metadata.groups if len(rows) == 1]
-    tags = metadata.tags[single].tolist() if single else []
-    new = {row for row, tag in zip(single, tags, strict=True) if tag == 0}
-    return [params.best_of if row in new else 1 for row, params in enumerate(metadata.params)] if new else None
-
-
 def _fan_out(metadata: SamplingMetadata, copies: list[int]) -> SamplingMetadata:
     """Return the metadata of the candidates: a new row's get the sequence indices that follow its own."""
     candidates = metadata.select([row for row, count in enumerate(copies) for _ in range(count)])
@@ -123,11 +139,15 @@ def _fan_out(metadata: SamplingMetadata, copies: list[int]) -> SamplingMetadata:
     )
 
 
+def _keeps_all(params: SamplingParams) -> bool:
+    """Return whether no candidate is cancelled early."""
+    return params.best_of == params.n or (isinstance(params, BestOfParams) and not params.early_stop)
+
+
 def _target(request: Request) -> float:
     """Return the score that a candidate must reach to be returned, as far as is known; -inf while all can win."""
     params = request.params
-    stops = params.early_stop if isinstance(params, BestOfParams) else True
-    if not stops or params.best_of == params.n or len(request.finished) < params.n:
+    if _keeps_all(params) or len(request.finished) < params.n:
         return -math.inf
     penalty = _length_penalty(params)
     return heapq.nlargest(params.n, (_score(sequence, penalty) for sequence in request.finished))[-1]

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from folo_core.sampling.identity import identity
 from folo_core.sampling.interface import SamplerOutput
 from folo_core.sampling.rng import uniform
+from folo_sampling.kernels import has_kernels
 from folo_sampling.masks import SHORT_TOP_K, Filters, largest, narrow_, top_k_cut, weigh, whole_
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from folo_core.sampling.metadata import SamplingMetadata
     from folo_core.sampling_params import SamplingParams
     from folo_core.sequence import Sequence
+    from folo_sampling.device import Drawn
 
 _BLOCK = 128
 _SHORT_ROW = 2048
@@ -29,25 +32,37 @@ class RandomSampler:
     """Draws each row's next token with a random number of its own (``folo_core.sampling.rng``). Keeps no state.
 
     A row's token depends on its own logits, parameters and random key only, bit for bit. Rows are grouped by the
-    work they need, for speed alone: every way leads to the same token.
+    work they need, for speed alone: every way leads to the same token. On CUDA kernels do all of it, in
+    ``folo_sampling.device``.
     """
+
+    reads_any_dtype = True
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         """Work on logits ``[rows, vocab_size]`` that live on ``device``."""
         self._vocab_size = vocab_size
+        self._by_kernels = has_kernels(device.type)
         # Whether a short list held all ties is known on the device only, and asking would wait for the device.
         self._short_top_k = SHORT_TOP_K if device.type == "cpu" else 0
         self._chunk = max(1, (_HOST_CHUNK if device.type == "cpu" else _DEVICE_CHUNK) // vocab_size)
 
-    def steady_after(self, params: SamplingParams) -> int:
-        """From the first token on each row goes on by one token."""
-        return 0
+    def steady_after(self, params: SamplingParams) -> int | None:
+        """Return 0, each row goes on by one token; None on a device without kernels, which the host then waits for."""
+        return 0 if self._by_kernels or self._short_top_k else None
 
     def add_request(self, request: Request) -> None:
         """Nothing to open."""
 
     def step(self, logits: torch.Tensor, metadata: SamplingMetadata) -> SamplerOutput:
-        """Return the identity as parents and one drawn token for each row."""
+        """Return the identity as parents and one drawn token for each row. Leaves ``logits`` as they are."""
+        parents = identity(metadata.num_rows, logits.device)
+        if self._by_kernels:
+            drawn = _draw_by_kernels(logits, metadata)
+            return SamplerOutput(parents=parents, tokens=drawn.tokens[:, None], peaks=drawn.peaks)
+        return SamplerOutput(parents=parents, tokens=self._draw(logits.float(), metadata)[:, None])
+
+    def _draw(self, logits: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor:
+        """Return a token for each row of float32 ``logits``, int64 ``[rows]``, in tensor operations."""
         filters = Filters.of(metadata, self._vocab_size)
         uniforms = uniform(metadata.seeds, metadata.sequence_indices, metadata.positions)[:, None]
         tokens = torch.empty_like(metadata.positions)
@@ -61,10 +76,19 @@ class RandomSampler:
                 index = _index(rows, logits.device)
                 part = filters.rows(rows, index)
                 tokens[index] = _draw_whole(logits[index], part, uniforms[index], nucleus=group is nucleus)
-        return SamplerOutput(parents=torch.arange(metadata.num_rows, device=logits.device), tokens=tokens[:, None])
+        return tokens
+
+    def log_probs_of(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the log-softmax of each row, at temperature 1, at its ``tokens`` ``[rows, k]``: float32."""
+        if self._by_kernels:
+            from folo_sampling.device import log_probs_of
+
+            return log_probs_of(logits, tokens)
+        return logits.float().log_softmax(-1).gather(1, tokens)
 
     def probabilities(self, logits: torch.Tensor, metadata: SamplingMetadata) -> torch.Tensor:
         """Return the distribution that ``step`` draws each row's token from, float32 ``[rows, vocab_size]``."""
+        logits = logits.float()
         filters = Filters.of(metadata, self._vocab_size)
         found = torch.empty_like(logits)
         for start in range(0, len(logits), self._chunk):
@@ -107,6 +131,22 @@ class RandomSampler:
         narrow_(values, weights, cut, part, nucleus=True)
         tokens[index] = ids.gather(1, draw(weights, uniforms[index], self._vocab_size)[:, None]).squeeze(1)
         return [row for row, whole in zip(rows, complete, strict=True) if not whole]
+
+
+def _draw_by_kernels(logits: torch.Tensor, metadata: SamplingMetadata) -> Drawn:
+    from folo_sampling.device import draw_tokens
+
+    return draw_tokens(
+        logits,
+        metadata.temperature,
+        metadata.top_k,
+        metadata.top_p,
+        metadata.min_p,
+        metadata.seeds,
+        metadata.sequence_indices,
+        metadata.positions,
+        filtered=metadata.any_top_k or metadata.any_top_p,
+    )
 
 
 def _index(rows: list[int], device: torch.device) -> torch.Tensor | slice:
