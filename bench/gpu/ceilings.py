@@ -32,16 +32,17 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def _seconds(work: Callable[[], object], device: str, repeats: int = 10) -> float:
-    """Median seconds of a call, the device's work included."""
+def _seconds(work: Callable[[], object], device: str, *, repeats: int = 10, calls: int = 5) -> float:
+    """Median seconds of a call, of several in a row: waiting for the device once must not count for one."""
     work()
     samples = []
     for _ in range(repeats):
         synchronize(device)
         start = time.perf_counter()
-        work()
+        for _ in range(calls):
+            work()
         synchronize(device)
-        samples.append(time.perf_counter() - start)
+        samples.append((time.perf_counter() - start) / calls)
     return statistics.median(samples)
 
 

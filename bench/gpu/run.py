@@ -176,6 +176,7 @@ class Session:
         args, report = self.args, self.report
         say(f"ceilings of {args.device}")
         report.rates = ceilings.measure(args.device, tiny=args.tiny)
+        release()
         if args.checks:
             report.attention = check_attention(self.remaining())
         wanted = [w for w in gpu_workloads.workloads(self.sizes) if w.name in args.workloads and w.model in args.models]
