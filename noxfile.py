@@ -28,7 +28,7 @@ PROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 PREINSTALLED = ["folo-cli", "folo-hf", "folo-sampling", "folo-schedulers", "folo-attention"]
 LIBRARIES = ["folo-kernels"]  # plugins are built on them; they offer no hook of their own
 STRATEGIES = ["folo-best-of", "folo-beam", "folo-speculative", "folo-guidance", "folo-tree-search"]
-PLUGINS = [*LIBRARIES, *PREINSTALLED, *STRATEGIES, "folo-trace", "folo-demo-model"]
+PLUGINS = [*LIBRARIES, *PREINSTALLED, *STRATEGIES, "folo-flashinfer", "folo-trace", "folo-demo-model"]
 SUITES = {
     "core": ["tests/core", "tests/docs", "tests/bench"],
     **{name: [f"plugins/{name}/tests"] for name in PLUGINS},

@@ -16,6 +16,7 @@ DISTRIBUTIONS = {
     "folo-best-of": "folo_best_of",
     "folo-cli": "folo_cli",
     "folo-demo-model": "folo_demo_model",
+    "folo-flashinfer": "folo_flashinfer",
     "folo-guidance": "folo_guidance",
     "folo-hf": "folo_hf",
     "folo-kernels": "folo_kernels",

@@ -1,0 +1,1 @@
+"""Paged attention through FlashInfer. Importing this package imports no torch."""
