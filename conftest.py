@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from hypothesis import HealthCheck, Phase, settings
 
@@ -12,6 +13,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Where a test does take two threads, the one that waits must not keep the other's core busy.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Triton's kernels are tested everywhere: where there is no CUDA device, in its interpreter. It is asked for before
+# anything imports Triton, whose own functions are made for one or the other on import.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # No deadline: a shared machine pauses when it likes. Slow data generation is no fault either, only a wrong answer is.
 settings.register_profile("folo", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
