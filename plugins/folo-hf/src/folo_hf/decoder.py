@@ -19,12 +19,24 @@ import torch
 from torch import nn
 
 from folo_hf.native import NativeLinear, NativeMlp, shared_matrix
-from folo_hf.probe import FIRST, SECOND_HEAD, SECOND_TAIL, DenseTarget, packed_logits, run, tokens
+from folo_hf.probe import run
+from folo_hf.stack import (
+    TRIAL_BLOCK,
+    TRIAL_BLOCKS,
+    NotRecognisedError,
+    RotaryTables,
+    check_logits,
+    find_layers,
+    layers_logits,
+    norm_factor,
+    optional_factor,
+    trial_steps,
+)
 from folo_kernels.decoder import DecoderStack, LayerWeights, normalise
 from folo_kernels.store import BlockStore, LayerShape, PackedStep
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from transformers import PreTrainedModel
 
@@ -36,21 +48,12 @@ logger = logging.getLogger(__name__)
 TOLERANCE = 1e-4
 """Largest accepted ratio of the difference's norm to the logits' norm; sums in another order are off by about 1e-6."""
 
-TRIAL_BLOCK = 16
-
-TABLE_STRETCH = 2048
-"""Positions whose cosines and sines are made at a time."""
-
-
-class NotRecognisedError(Exception):
-    """A layer is not of the kind that the kernels run."""
-
 
 class NativeDecoder:
     """The layers of one model, run natively while a store is bound."""
 
     def __init__(self, owner: nn.Module, name: str, weights: list[LayerWeights], shape: ModelShape) -> None:
-        self.owner, self._name = owner, name
+        self.owner, self.name = owner, name
         self._layers: nn.ModuleList = getattr(owner, name)
         self._weights = weights
         self._hidden_size = weights[0].input_norm.numel()
@@ -58,7 +61,6 @@ class NativeDecoder:
         self.rotary: list[tuple[torch.Tensor, torch.Tensor]] = []
         """Each layer's cosines and sines, ``[num_tokens, size]``, as noted last."""
         self._stack: DecoderStack | None = None
-        self._only_notes = False
         self.direct: DirectForward | None = None
         """How to run the whole model; None where it is the module's own forward that runs the layers."""
         self.step: PackedStep | None = None
@@ -76,16 +78,7 @@ class NativeDecoder:
     def bind(self, store: BlockStore | None) -> None:
         """Run natively over this store's blocks; None gives the module its own layers back."""
         self._stack = None if store is None else DecoderStack(self._weights, store, self._hidden_size)
-        setattr(self.owner, self._name, self._layers if store is None else self._places)
-
-    def only_note(self, base: nn.Module, positions: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Each layer's cosines and sines at these positions, without running the layers."""
-        self._only_notes = True
-        try:
-            base(input_ids=torch.zeros_like(positions)[None], position_ids=positions[None], use_cache=False)
-        finally:
-            self._only_notes = False
-        return list(self.rotary)
+        setattr(self.owner, self.name, self._layers if store is None else self._places)
 
     def stage_seconds(self) -> dict[str, float]:
         """Seconds spent in each kind of work since a store was bound."""
@@ -100,7 +93,7 @@ class NativeDecoder:
             self.rotary.clear()
         # Layers of one kind share their tensors, so most of this copies nothing.
         self.rotary.append((rotary[0][0].contiguous(), rotary[1][0].contiguous()))
-        return hidden if self._only_notes or index + 1 < len(self._weights) else self._run(hidden)
+        return hidden if index + 1 < len(self._weights) else self._run(hidden)
 
     def run(self, hidden: torch.Tensor, rotary: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         """Run all layers on ``[num_tokens, hidden]``, which is changed in place.
@@ -126,42 +119,27 @@ class DirectForward:
     """Embedding, native layers, norm and head, without the module's own forward."""
 
     def __init__(self, model: PreTrainedModel, decoder: NativeDecoder) -> None:
-        self._base: Any = model.base_model
         self._decoder = decoder
         self._embedding: Any = model.get_input_embeddings()
         self._head: Any = model.get_output_embeddings()
         owner: Any = decoder.owner
-        self._norm, self._epsilon = _factor(owner.norm)
+        self._norm, self._epsilon = norm_factor(owner.norm)
         self.head_seconds = 0.0
         """How long the head took, from step to step."""
-        self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._table_of: list[int] = []
+        self._rotary = RotaryTables(model, (decoder.owner, decoder.name))
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor, logits_indices: torch.Tensor) -> torch.Tensor:
         """Logits ``[rows, vocab_size]`` of the packed tokens that ``logits_indices`` names."""
-        self._reach(int(positions.max()))
-        turned = [(cosine.index_select(0, positions), sine.index_select(0, positions)) for cosine, sine in self._tables]
-        hidden = self._decoder.run(self._embedding(input_ids), [turned[index] for index in self._table_of])
+        self._rotary.reach(int(positions.max()))
+        turned = [(cos.index_select(0, positions), sin.index_select(0, positions)) for cos, sin in self._rotary.tables]
+        hidden = self._decoder.run(self._embedding(input_ids), [turned[index] for index in self._rotary.table_of])
         # In the order asked for: prompt positions follow what is sampled.
         normed = normalise(hidden.index_select(0, logits_indices), self._norm, self._epsilon)
         started = time.perf_counter()
         logits: torch.Tensor = self._head(normed)
         self.head_seconds += time.perf_counter() - started
         return logits
-
-    def _reach(self, position: int) -> None:
-        """Extend the tables of cosines and sines to a position, a stretch at a time. Layers of one kind share one."""
-        while not self._tables or position >= len(self._tables[0][0]):
-            start = len(self._tables[0][0]) if self._tables else 0
-            rotary = self._decoder.only_note(self._base, torch.arange(start, start + TABLE_STRETCH))
-            kinds = {cosine.data_ptr(): (cosine, sine) for cosine, sine in rotary}
-            self._table_of = [list(kinds).index(cosine.data_ptr()) for cosine, _ in rotary]
-            before = self._tables or [(cosine[:0], sine[:0]) for cosine, sine in kinds.values()]
-            self._tables = [
-                (torch.cat([old[0], new[0]]), torch.cat([old[1], new[1]]))
-                for old, new in zip(before, kinds.values(), strict=True)
-            ]
 
 
 class _Place(nn.Module):
@@ -191,7 +169,7 @@ def native_decoder(
     model, and found it to run as a ``DirectForward``.
     """
     try:
-        owner, name = _find_layers(model)
+        owner, name = find_layers(model)
         layers: Any = getattr(owner, name)
         weights = [_weights(layer, call) for layer, call in zip(layers, shape.calls, strict=True)]
         decoder = NativeDecoder(owner, name, weights, shape)
@@ -205,25 +183,17 @@ def native_decoder(
     return decoder
 
 
-def _find_layers(model: nn.Module) -> tuple[nn.Module, str]:
-    for owner in model.modules():
-        for name, child in owner.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) and all(hasattr(layer, "self_attn") for layer in child):
-                return owner, name
-    raise NotRecognisedError("no list of layers with self_attn")
-
-
 def _weights(layer: Any, call: AttentionCall) -> LayerWeights:  # noqa: ANN401 (a layer of any architecture)
     attention, mlp = layer.self_attn, layer.mlp
     qkv = shared_matrix(attention, ("q_proj", "k_proj", "v_proj"))
     if qkv is None or not isinstance(attention.o_proj, NativeLinear) or not isinstance(mlp, NativeMlp):
         raise NotRecognisedError(f"{type(layer).__name__}: projections or feed-forward of another kind")
-    input_norm, epsilon = _factor(layer.input_layernorm)
+    input_norm, epsilon = norm_factor(layer.input_layernorm)
     sandwich = hasattr(layer, "pre_feedforward_layernorm")
     feed_norm = layer.pre_feedforward_layernorm if sandwich else layer.post_attention_layernorm
     return LayerWeights(
         input_norm=input_norm,
-        feed_norm=_factor(feed_norm)[0],
+        feed_norm=norm_factor(feed_norm)[0],
         qkv=qkv,
         out=attention.o_proj.matrix,
         gate_up=mlp.gate_up,
@@ -234,39 +204,21 @@ def _weights(layer: Any, call: AttentionCall) -> LayerWeights:  # noqa: ANN401 (
         gate=mlp.gate,
         window=call.sliding_window,
         softcap=call.softcap,
-        query_norm=_optional_factor(attention, "q_norm"),
-        key_norm=_optional_factor(attention, "k_norm"),
-        attention_norm=_factor(layer.post_attention_layernorm)[0] if sandwich else None,
-        output_norm=_optional_factor(layer, "post_feedforward_layernorm"),
+        query_norm=optional_factor(attention, "q_norm"),
+        key_norm=optional_factor(attention, "k_norm"),
+        attention_norm=norm_factor(layer.post_attention_layernorm)[0] if sandwich else None,
+        output_norm=optional_factor(layer, "post_feedforward_layernorm"),
     )
-
-
-def _factor(norm: nn.Module) -> tuple[torch.Tensor, float]:
-    """An RMSNorm's factor, found by what it does to ones, and its epsilon."""
-    weight, epsilon = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    if weight is None or epsilon is None or weight.dim() != 1:
-        raise NotRecognisedError(f"{type(norm).__name__} is no RMSNorm")
-    with torch.no_grad():
-        factor = norm(torch.ones_like(weight)) * (1 + epsilon) ** 0.5
-    return factor.contiguous(), float(epsilon)
-
-
-def _optional_factor(parent: nn.Module, name: str) -> torch.Tensor | None:
-    norm = getattr(parent, name, None)
-    return None if norm is None else _factor(norm)[0]
 
 
 def _check(model: PreTrainedModel, bridge: AttentionBridge, decoder: NativeDecoder) -> None:
     """Compare two packed steps, one continuing a sequence of the other, with the layers' own."""
-    target = bridge.target = DenseTarget()
-    try:
-        expected = torch.cat(list(packed_logits(model, target)))
-    finally:
-        bridge.target = None
-    store = BlockStore(decoder.shapes, num_blocks=3, block_size=TRIAL_BLOCK)
+    expected = layers_logits(model, bridge)
+    store = BlockStore(decoder.shapes, num_blocks=TRIAL_BLOCKS, block_size=TRIAL_BLOCK)
     decoder.bind(store)
     try:
-        _compare(expected, _native_logits(model, decoder, store, lambda ids, positions: run(model, ids, positions)))
+        found = _native_logits(model, decoder, store, lambda ids, positions: run(model, ids, positions))
+        check_logits(expected, found, TOLERANCE)
         decoder.direct = _try_direct(model, decoder, store, expected)
     finally:
         decoder.bind(None)
@@ -283,17 +235,11 @@ def _try_direct(
             return direct(ids, positions, torch.arange(len(ids)).flip(0)).flip(0)
 
         found = _native_logits(model, decoder, store, run_backwards)
-        _compare(expected, found)
+        check_logits(expected, found, TOLERANCE)
     except Exception as error:  # noqa: BLE001 (the module's own forward is there to run)
         logger.info("%s runs its own forward: %s: %s", type(model).__name__, type(error).__name__, error)
         return None
     return direct
-
-
-def _compare(expected: torch.Tensor, steps: Iterator[torch.Tensor]) -> None:
-    error = float((torch.cat(list(steps)) - expected).norm() / expected.norm().clamp_min(1e-12))
-    if not error < TOLERANCE:
-        raise NotRecognisedError(f"the logits differ from the layers' own by {error:.3g} of their size")
 
 
 def _native_logits(
@@ -301,15 +247,11 @@ def _native_logits(
     decoder: NativeDecoder,
     store: BlockStore,
     forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-) -> Iterator[torch.Tensor]:
-    """Logits of the probe's tokens, in the probe's two steps; the two sequences own blocks 1 and 2."""
-    first, second = tokens(model)
-    positions = torch.cat([torch.arange(FIRST), torch.arange(SECOND_HEAD)])
-    slots = positions + TRIAL_BLOCK * torch.tensor([1] * FIRST + [2] * SECOND_HEAD)
-    starts, lengths = np.array([0, FIRST, FIRST + SECOND_HEAD]), np.array([FIRST, SECOND_HEAD])
-    decoder.step = PackedStep(starts, lengths, np.array([[1], [2]]), slots, store.group)
-    yield forward(torch.cat([first, second[:SECOND_HEAD]]), positions)
-    tail = torch.arange(SECOND_HEAD, SECOND_HEAD + SECOND_TAIL)
-    starts, lengths = np.array([0, SECOND_TAIL]), np.array([SECOND_HEAD + SECOND_TAIL])
-    decoder.step = PackedStep(starts, lengths, np.array([[2]]), tail + 2 * TRIAL_BLOCK, store.group)
-    yield forward(second[SECOND_HEAD:], tail)
+) -> torch.Tensor:
+    """Logits of the trial's tokens, step after step."""
+    logits = []
+    for step in trial_steps(model):
+        starts, lengths, tables = (np.array(each) for each in (step.query_start, step.seq_lens, step.block_tables))
+        decoder.step = PackedStep(starts, lengths, tables, step.slots, store.group)
+        logits.append(forward(step.input_ids, step.positions))
+    return torch.cat(logits)

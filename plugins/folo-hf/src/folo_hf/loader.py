@@ -6,6 +6,7 @@ import contextlib
 import gc
 import logging
 from functools import cached_property
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from folo_core.config import EngineConfig
     from folo_core.execution.loading import Tokenizer
     from folo_hf.device import HardwareProbe
+    from folo_hf.device_decoder import DeviceDecoder
+    from folo_hf.probe import ModelShape
     from folo_hf.source import Source
     from folo_hf.swift import LoadingReport
     from folo_hf.tokenizer import HfTokenizer
@@ -124,6 +127,8 @@ class HfLoader:
             native = NativeLinears.name in done
             decoder = native_decoder(module, bridge, shape, tried=memory.decoder_tried) if native else None
             memory.keep(module, shape, plain_names=plain, decoder_tried=decoder is not None and decoder.is_whole)
+            limit = position_limit(module.config, self._config.max_model_len)
+            on_device = self._device_decoder(module, bridge, shape, limit)
             guard = settle(module, bridge) if self._deterministic else contextlib.nullcontext
         except BaseException:
             bridge.release()
@@ -131,7 +136,7 @@ class HfLoader:
         info = ModelInfo(
             architecture=type(module).__name__,
             vocab_size=shape.vocab_size,
-            max_model_len=position_limit(module.config, self._config.max_model_len),
+            max_model_len=limit,
             num_layers=len(shape.specs),
             kv_bytes_per_token=sum(spec.bytes_per_token() for spec in shape.specs),
             dtype=dtype,
@@ -142,7 +147,17 @@ class HfLoader:
             weight_bytes=weight_bytes(module),
             batch_invariant=self._deterministic,
         )
-        return HfLoadedModel(module, bridge, shape, info, guard=guard, decoder=decoder)
+        return HfLoadedModel(module, bridge, shape, info, guard=guard, decoder=decoder, device_decoder=on_device)
+
+    def _device_decoder(
+        self, module: PreTrainedModel, bridge: AttentionBridge, shape: ModelShape, limit: int
+    ) -> DeviceDecoder | None:
+        """The whole model in a CUDA device's kernels, where Triton is there to compile them."""
+        if module.device.type != "cuda" or self._deterministic or find_spec("triton") is None:
+            return None
+        from folo_hf.device_decoder import device_decoder
+
+        return device_decoder(module, bridge, shape, min(limit, self._config.max_model_len or limit))
 
     def _recall(self, num_tokens: int | None) -> Memory:
         """What an earlier start found out about the same files and options."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from folo_core.execution.interface import ModelInfo
     from folo_hf.attention import AttentionBridge
     from folo_hf.decoder import NativeDecoder
+    from folo_hf.device_decoder import DeviceDecoder
     from folo_hf.invariance import Guard
     from folo_hf.probe import ModelShape
 
@@ -35,6 +36,7 @@ class HfLoadedModel:
         *,
         guard: Guard = contextlib.nullcontext,
         decoder: NativeDecoder | None = None,
+        device_decoder: DeviceDecoder | None = None,
     ) -> None:
         self.module = module
         self.matrices = list(packed_matrices(module))
@@ -46,6 +48,8 @@ class HfLoadedModel:
         self._layers = shape.layers
         self._guard = guard
         self._decoder = decoder
+        self.device_decoder = device_decoder
+        """The whole model in a CUDA device's kernels, for backends with blocks on the device; None if it has none."""
         self._target: PagedTarget | None = None
         self._chooses_rows = "logits_to_keep" in inspect.signature(module.forward).parameters
         bridge.release_with(self)
@@ -56,6 +60,8 @@ class HfLoadedModel:
         if self._decoder is not None:
             store = getattr(backend, "store", None)
             self._decoder.bind(store if isinstance(store, BlockStore) else None)
+        if self.device_decoder is not None:
+            self.device_decoder.bind(backend)
 
     def stage_seconds(self) -> dict[str, float]:
         """Seconds spent in each kind of work of native layers; empty where layers run through torch."""
@@ -72,6 +78,8 @@ class HfLoadedModel:
         """Logits ``[rows, vocab_size]`` of the packed tokens that ``logits_indices`` names (see ``LoadedModel``)."""
         if self._target is None:
             raise RuntimeError("bind() an attention backend before forward()")
+        if self.device_decoder is not None and self.device_decoder.is_bound:
+            return self.device_decoder(input_ids, positions, logits_indices, metadata)
         if self._decoder is not None and isinstance(metadata.plan, PackedStep):
             self._decoder.step = metadata.plan
             if self._decoder.direct is not None:

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional
 
 from folo_core.errors import ConfigError, UnsupportedModelError
-from folo_hf.passes import FusedPart, PackedLinear, SharedProduct, fuse, plain
+from folo_hf.passes import FusedPart, PackedLinear, SharedProduct, fuse, plain, shared_linear
+from folo_hf.stack import activation_of
 from folo_kernels.library import settled, why_not
 from folo_kernels.matrix import Epilogue, Format, PackedMatrix, Plain
 
@@ -180,6 +181,8 @@ def weight_bytes(model: nn.Module) -> int:
     linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
     linears += [product.linear for product in _products(model) if isinstance(product.linear, PackedLinear)]
     packed = sum(4 * linear.in_features * linear.out_features for linear in linears)
+    joined = [product.linear for product in _products(model) if type(product.linear) is nn.Linear]
+    plain_bytes += sum(parameter.nbytes for linear in joined for parameter in linear.parameters())
     return plain_bytes + packed + sum(matrix.nbytes for matrix in packed_matrices(model))
 
 
@@ -190,12 +193,8 @@ def _products(model: nn.Module) -> list[SharedProduct]:
 
 def shared_matrix(parent: nn.Module, names: Sequence[str]) -> PackedMatrix | None:
     """Return the matrix that these children share, if they share one natively."""
-    children: list[Any] = [getattr(parent, name, None) for name in names]
-    if not all(isinstance(child, FusedPart) for child in children):
-        return None
-    products = {id(child.shared): child.shared for child in children}
-    linear = next(iter(products.values())).linear
-    return linear.matrix if len(products) == 1 and isinstance(linear, NativeLinear) else None
+    linear = shared_linear(parent, names)
+    return linear.matrix if isinstance(linear, NativeLinear) else None
 
 
 def _has_parts(module: nn.Module) -> bool:
@@ -219,18 +218,9 @@ def gate_of(module: nn.Module) -> Epilogue | None:
     gate, up, down = linears
     if type(gate) is not nn.Linear or gate.weight.shape != up.weight.shape:
         return None
-    epilogue = _activation_of(module)
+    epilogue = activation_of(getattr(module, "act_fn", None), GATES)
     if epilogue is None:
         return None
     x = torch.linspace(-3, 3, 2 * gate.in_features, dtype=gate.weight.dtype).view(2, -1).sin_()
     formula = down(GATES[epilogue](gate(x)) * up(x))
     return epilogue if torch.allclose(formula, module(x), rtol=1e-4, atol=1e-5) else None
-
-
-def _activation_of(module: nn.Module) -> Epilogue | None:
-    activation: Any = getattr(module, "act_fn", None)
-    if activation is None:
-        return None
-    x = torch.linspace(-8, 8, 1001)
-    found = activation(x)
-    return next((e for e, known in GATES.items() if torch.allclose(found, known(x), rtol=0, atol=1e-6)), None)

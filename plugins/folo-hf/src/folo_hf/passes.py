@@ -122,7 +122,28 @@ class FusedPart(nn.Module):
         return self.shared.piece(self._index, x)
 
 
-PASSES: tuple[Pass, ...] = (PackLinears(),)
+class FuseLinears:
+    """Siblings that share an input as one plain product: one reading of the input, one kernel instead of two or three.
+
+    Their weights are copied into one tensor, parent after parent, and the old ones are let go.
+    """
+
+    name = "fuse-linears"
+
+    def applies(self, device: str, dtype: torch.dtype) -> bool:
+        """On a CUDA device; elsewhere packing does it."""
+        return device.startswith("cuda")
+
+    def run(self, model: nn.Module) -> int:
+        """Join what can be."""
+        replaced = sum(fuse(parent, names, _join) for parent in list(model.modules()) for names in FUSED)
+        if torch.cuda.is_initialized():
+            # Old weights lie in pieces that nothing else may fit into: back to the device with them.
+            torch.cuda.empty_cache()
+        return replaced
+
+
+PASSES: tuple[Pass, ...] = (PackLinears(), FuseLinears())
 
 
 def run_passes(model: nn.Module, device: str, dtype: torch.dtype, passes: Sequence[Pass] = PASSES) -> list[str]:
@@ -144,10 +165,30 @@ def plain(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
 
 
 def _pack_together(linears: Sequence[nn.Linear]) -> SharedProduct:
+    return SharedProduct(PackedLinear(*_side_by_side(linears)), [linear.out_features for linear in linears])
+
+
+def _join(linears: Sequence[nn.Linear]) -> SharedProduct:
+    weight, bias = _side_by_side(linears)
+    joined = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    joined.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        joined.bias = nn.Parameter(bias, requires_grad=False)
+    return SharedProduct(joined, [linear.out_features for linear in linears])
+
+
+def _side_by_side(linears: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-    weight = torch.cat([linear.weight.detach() for linear in linears])
-    packed = PackedLinear(weight, torch.cat(biases) if biases else None)
-    return SharedProduct(packed, [linear.out_features for linear in linears])
+    return torch.cat([linear.weight.detach() for linear in linears]), torch.cat(biases) if biases else None
+
+
+def shared_linear(parent: nn.Module, names: Sequence[str]) -> nn.Module | None:
+    """Return the one layer that computes these children, if one does."""
+    children: list[Any] = [getattr(parent, name, None) for name in names]
+    if not all(isinstance(child, FusedPart) for child in children):
+        return None
+    products = {id(child.shared): child.shared for child in children}
+    return next(iter(products.values())).linear if len(products) == 1 else None
 
 
 def fuse(parent: nn.Module, names: Sequence[str], share: Callable[[Sequence[nn.Linear]], SharedProduct]) -> int:
