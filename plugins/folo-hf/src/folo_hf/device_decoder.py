@@ -92,6 +92,7 @@ class DeviceDecoder:
 
         self._kernels = kernels
         self._layers, self._ends = list(layers), ends
+        self._calls = [attrs.asdict(layer.call) for layer in layers]
         self._rotary, self._max_positions = rotary, max_positions
         self._adds_plainly = all(layer.adds_plainly for layer in layers)
         self._backend: DeviceBackend | None = None
@@ -134,7 +135,7 @@ class DeviceDecoder:
         """All layers and the last norm, ``[tokens, hidden]``; each norm is computed with the sum before it."""
         kernels, ends, pdl = self._kernels, self._ends, self.pdl
         following = [(layer.input_norm, layer.epsilon) for layer in self._layers] + [(ends.norm, ends.epsilon)]
-        normed = kernels.norm(hidden, *following[0], pdl=pdl)
+        normed: torch.Tensor = kernels.norm(hidden, *following[0], pdl=pdl)
         for index, layer in enumerate(self._layers):
             attended = self._attend(index, self._product(normed, layer.qkv), positions, metadata)
             added = self._product(attended, layer.out)
@@ -189,7 +190,7 @@ class DeviceDecoder:
             epsilon=layer.epsilon,
             pdl=self.pdl,
         )
-        attended = self._backend.attend(index, query, metadata, **attrs.asdict(layer.call))
+        attended = self._backend.attend(index, query, metadata, **self._calls[index])
         return attended.reshape(len(qkv), layer.heads * layer.size)
 
     def _feed(self, normed: torch.Tensor, layer: DeviceLayer) -> torch.Tensor:

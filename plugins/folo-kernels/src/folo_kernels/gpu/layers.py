@@ -59,6 +59,7 @@ def add_norm(
     epsilon: float,
     *,
     post: torch.Tensor | None = None,
+    post_epsilon: float | None = None,
     pdl: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add ``x`` to ``residual`` in place, and return the RMSNorm of the sum, and ``residual``.
@@ -67,23 +68,25 @@ def add_norm(
         x: ``[rows, hidden]``, contiguous: what a part of the layer adds.
         residual: ``[rows, hidden]``, contiguous, of x's dtype.
         factor: float32 ``[hidden]``: the norm is ``v / sqrt(mean(v^2) + epsilon) * factor``, computed in float32.
-        epsilon: of both norms.
+        epsilon: of that norm.
         post: float32 ``[hidden]``: x is normalised with this factor before it is added.
+        post_epsilon: of the norm before; None for epsilon.
         pdl: see the module.
     """
-    return _launch_norm(x, residual, factor, epsilon, post, pdl=pdl), residual
+    epsilons = epsilon, epsilon if post_epsilon is None else post_epsilon
+    return _launch_norm(x, residual, factor, epsilons, post, pdl=pdl), residual
 
 
 def norm(x: torch.Tensor, factor: torch.Tensor, epsilon: float, *, pdl: bool = False) -> torch.Tensor:
     """RMSNorm of rows ``[rows, hidden]``, contiguous; see :func:`add_norm`."""
-    return _launch_norm(x, None, factor, epsilon, None, pdl=pdl)
+    return _launch_norm(x, None, factor, (epsilon, epsilon), None, pdl=pdl)
 
 
 def _launch_norm(
     x: torch.Tensor,
     residual: torch.Tensor | None,
     factor: torch.Tensor,
-    epsilon: float,
+    epsilons: tuple[float, float],
     post: torch.Tensor | None,
     *,
     pdl: bool,
@@ -101,7 +104,7 @@ def _launch_norm(
             factor if post is None else post,
             normed,
             hidden,
-            epsilon,
+            *epsilons,
             ADD=residual is not None,
             POST=post is not None,
             PDL=pdl,
@@ -254,8 +257,8 @@ def thin_matmul(
         weight if factor is None else factor,
         out,
         rows,
+        outputs,
         epsilon,
-        OUTPUTS=outputs,
         INPUTS=inputs,
         ROWS=16 if config.dot else triton.next_power_of_2(rows),
         BLOCK_OUT=config.block_outputs,
@@ -341,7 +344,7 @@ def _activated(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _norm_kernel(
-    x, residual, factor, post, normed, hidden, epsilon,
+    x, residual, factor, post, normed, hidden, epsilon, post_epsilon,
     ADD: tl.constexpr, POST: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row."""
@@ -352,7 +355,7 @@ def _norm_kernel(
     _await(PDL)
     value = tl.load(x + start + column, mask=mask, other=0.0).to(tl.float32)
     if POST:
-        value = value * tl.rsqrt(tl.sum(value * value, axis=0) / hidden + epsilon)
+        value = value * tl.rsqrt(tl.sum(value * value, axis=0) / hidden + post_epsilon)
         value *= tl.load(post + column, mask=mask, other=0.0)
         value = value.to(x.dtype.element_ty).to(tl.float32)
     if ADD:
@@ -431,8 +434,8 @@ def _gated_kernel(gate_up, out, width, ACTIVATION: tl.constexpr, PDL: tl.constex
 
 @triton.jit
 def _thin_kernel(
-    x, weight, bias, factor, out, rows, epsilon,
-    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    x, weight, bias, factor, out, rows, outputs, epsilon,
+    INPUTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, ACTIVATION: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -441,8 +444,8 @@ def _thin_kernel(
     column = tl.arange(0, BLOCK_IN)
     row = tl.arange(0, ROWS)
     first = weight + output[:, None] * INPUTS + column[None, :]
-    second = first + OUTPUTS * INPUTS
-    within = (output < OUTPUTS)[:, None]
+    second = first + outputs * INPUTS
+    within = (output < outputs)[:, None]
     w = tl.load(first, mask=within & (column < INPUTS)[None, :], other=0.0)
     v = w
     if ACTIVATION:
@@ -464,12 +467,12 @@ def _thin_kernel(
         w = tl.load(first + start + BLOCK_IN, mask=ahead, other=0.0)
         if ACTIVATION:
             v = tl.load(second + start + BLOCK_IN, mask=ahead, other=0.0)
-    y = _finished(tl.sum(total, axis=2), squares, epsilon, bias, output, OUTPUTS, INPUTS, NORM, BIAS)
+    y = _finished(tl.sum(total, axis=2), squares, epsilon, bias, output, outputs, INPUTS, NORM, BIAS)
     if ACTIVATION:
-        up = _finished(tl.sum(total_up, axis=2), squares, epsilon, bias + OUTPUTS, output, OUTPUTS, INPUTS, NORM, BIAS)
+        up = _finished(tl.sum(total_up, axis=2), squares, epsilon, bias + outputs, output, outputs, INPUTS, NORM, BIAS)
         y = _activated(y, ACTIVATION) * up
-    place = out + row[:, None] * OUTPUTS + output[None, :]
-    mask = (row < rows)[:, None] & (output < OUTPUTS)[None, :]
+    place = out + row[:, None] * outputs + output[None, :]
+    mask = (row < rows)[:, None] & (output < outputs)[None, :]
     if ADD:
         y = y.to(out.dtype.element_ty).to(tl.float32) + tl.load(place, mask=mask, other=0.0).to(tl.float32)
     tl.store(place, y.to(out.dtype.element_ty), mask=mask)
@@ -477,21 +480,21 @@ def _thin_kernel(
 
 @triton.jit
 def _finished(
-    y, squares, epsilon, bias, output,
-    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
+    y, squares, epsilon, bias, output, outputs,
+    INPUTS: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """A product ``[rows, outputs]`` with the rows' norms and the bias."""
     if NORM:
         y = y * tl.rsqrt(tl.sum(squares, axis=1) / INPUTS + epsilon)[:, None]
     if BIAS:
-        y += tl.load(bias + output, mask=output < OUTPUTS, other=0.0).to(tl.float32)[None, :]
+        y += tl.load(bias + output, mask=output < outputs, other=0.0).to(tl.float32)[None, :]
     return y
 
 
 @triton.jit
 def _thin_dot_kernel(
-    x, weight, bias, factor, out, rows, epsilon,
-    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    x, weight, bias, factor, out, rows, outputs, epsilon,
+    INPUTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, ACTIVATION: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -500,8 +503,8 @@ def _thin_dot_kernel(
     column = tl.arange(0, BLOCK_IN)
     row = tl.arange(0, ROWS)
     first = weight + output[None, :] * INPUTS + column[:, None]
-    second = first + OUTPUTS * INPUTS
-    within = (output < OUTPUTS)[None, :]
+    second = first + outputs * INPUTS
+    within = (output < outputs)[None, :]
     _await(PDL)
     total = tl.zeros([ROWS, BLOCK_OUT], tl.float32)
     total_up = tl.zeros([ROWS, BLOCK_OUT], tl.float32)
@@ -519,12 +522,12 @@ def _thin_dot_kernel(
         if ACTIVATION:
             v = tl.load(second + start, mask=within & is_input[:, None], other=0.0)
             total_up = tl.dot(a, v, total_up, input_precision="ieee")
-    y = _finished(total, squares, epsilon, bias, output, OUTPUTS, INPUTS, NORM, BIAS)
+    y = _finished(total, squares, epsilon, bias, output, outputs, INPUTS, NORM, BIAS)
     if ACTIVATION:
-        up = _finished(total_up, squares, epsilon, bias + OUTPUTS, output, OUTPUTS, INPUTS, NORM, BIAS)
+        up = _finished(total_up, squares, epsilon, bias + outputs, output, outputs, INPUTS, NORM, BIAS)
         y = _activated(y, ACTIVATION) * up
-    place = out + row[:, None] * OUTPUTS + output[None, :]
-    mask = (row < rows)[:, None] & (output < OUTPUTS)[None, :]
+    place = out + row[:, None] * outputs + output[None, :]
+    mask = (row < rows)[:, None] & (output < outputs)[None, :]
     if ADD:
         y = y.to(out.dtype.element_ty).to(tl.float32) + tl.load(place, mask=mask, other=0.0).to(tl.float32)
     tl.store(place, y.to(out.dtype.element_ty), mask=mask)
