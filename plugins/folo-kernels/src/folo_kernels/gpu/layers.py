@@ -27,7 +27,7 @@ _NUMBERS: dict[Activation | None, int] = {None: 0, "silu": 1, "gelu_tanh": 2, "g
 SMALL_ROW, LARGE_ROW = 1024, 8192
 """Features up to which a norm's row takes four warps, and up to which it takes eight."""
 
-HEADS_AT_ONCE = 4
+HEADS_AT_ONCE, HEADS_A_WARP = 8, 4
 """Heads that one program rotates where there are many tokens; at few tokens it takes one, to use more processors."""
 FEW_TOKENS = 32
 
@@ -179,11 +179,11 @@ def rotate_and_store(
         ROTARY=cosines.shape[1],
         BLOCK_SIZE=block_size,
         NORM=query_norm is not None,
-        NARROW=keys.dtype.itemsize == 1,
         PDL=pdl,
         TOGETHER=together,
-        FEATURES=triton.next_power_of_2(size),
-        num_warps=together,
+        HALF=triton.next_power_of_2(cosines.shape[1] // 2),
+        REST=triton.next_power_of_2(max(1, size - cosines.shape[1])),
+        num_warps=max(1, together // HEADS_A_WARP),
         **_pdl(pdl),
     )
 
@@ -296,7 +296,7 @@ def _check_rotation(
     width = (heads + 2 * keys.shape[1]) * size
     if qkv.shape != (tokens, width) or not qkv.is_contiguous() or not query_out.is_contiguous():
         raise ValueError(f"qkv: {tuple(qkv.shape)}: give contiguous rows {(tokens, width)} and a contiguous query_out")
-    if keys.shape[3] != size or cosines.shape[1] > size or cosines.shape[1] % 2:
+    if keys.shape[3] != size or not 0 < cosines.shape[1] <= size or cosines.shape[1] % 2:
         raise ValueError(
             f"keys: {tuple(keys.shape)}, cosines: {tuple(cosines.shape)}: give heads of {size} features, "
             "and turn an even number of them"
@@ -370,52 +370,77 @@ def _norm_kernel(
 
 @triton.jit
 def _rotate_kernel(
-    qkv, positions, slots, cosines, sines, query_norm, key_norm, query, keys, values, epsilon, key_factor,
-    value_factor,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, ROTARY: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, NORM: tl.constexpr, NARROW: tl.constexpr, PDL: tl.constexpr, TOGETHER: tl.constexpr,
-    FEATURES: tl.constexpr,
+    qkv, positions, slots, cosines, sines, query_norm, key_norm, query, keys, values, epsilon, key_factor, value_factor,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, ROTARY: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    NORM: tl.constexpr, PDL: tl.constexpr, TOGETHER: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """Some heads of one token, be they of queries, keys or values."""
+    """Some heads of one token, be they of queries, keys or values; two halves are turned, and a rest may stay."""
     _await(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * TOGETHER + tl.arange(0, TOGETHER))[:, None]
-    feature = tl.arange(0, FEATURES)[None, :]
     is_query, is_value = head < HEADS, head >= HEADS + KV_HEADS
-    mask = (head < HEADS + 2 * KV_HEADS) & (feature < SIZE)
-    # The feature that each one is turned against.
-    is_first = feature < ROTARY // 2
-    other = tl.where(feature < ROTARY, tl.where(is_first, feature + ROTARY // 2, feature - ROTARY // 2), feature)
-    row = qkv + token * (HEADS + 2 * KV_HEADS) * SIZE + head * SIZE
-    x = tl.load(row + feature, mask=mask, other=0.0).to(tl.float32)
-    y = tl.load(row + other, mask=mask, other=0.0).to(tl.float32)
-    plain = x
+    row = qkv + (token * (HEADS + 2 * KV_HEADS) + head) * SIZE
+    feature = tl.arange(0, HALF)[None, :]
+    second, rest = feature + ROTARY // 2, ROTARY + tl.arange(0, REST)[None, :]
+    exists, is_turned = head < HEADS + 2 * KV_HEADS, feature < ROTARY // 2
+    x = tl.load(row + feature, mask=exists & is_turned, other=0.0).to(tl.float32)
+    y = tl.load(row + second, mask=exists & is_turned, other=0.0).to(tl.float32)
+    z = tl.zeros([TOGETHER, REST], tl.float32)
+    if ROTARY < SIZE:
+        z = tl.load(row + rest, mask=exists & (rest < SIZE), other=0.0).to(tl.float32)
     if NORM:
-        inverse = tl.rsqrt(tl.sum(x * x, axis=1) / SIZE + epsilon)[:, None]
-        x = x * inverse * _head_factor(query_norm, key_norm, feature, is_query, SIZE)
-        y = y * inverse * _head_factor(query_norm, key_norm, other, is_query, SIZE)
-    angle = tl.load(positions + token) * ROTARY + feature
-    cosine = tl.load(cosines + angle, mask=feature < ROTARY, other=1.0).to(tl.float32)
-    sine = tl.load(sines + angle, mask=feature < ROTARY, other=0.0).to(tl.float32)
-    turned = x * cosine + tl.where(is_first, -y, y) * sine
-    tl.store(query + token * HEADS * SIZE + head * SIZE + feature, turned.to(query.dtype.element_ty), mask & is_query)
+        squares = tl.sum(x * x, axis=1) + tl.sum(y * y, axis=1) + tl.sum(z * z, axis=1)
+        inverse = tl.where(is_value, 1.0, tl.rsqrt(squares / SIZE + epsilon)[:, None])
+        x *= inverse * _head_factor(query_norm, key_norm, feature, is_query, is_value, SIZE)
+        y *= inverse * _head_factor(query_norm, key_norm, second, is_query, is_value, SIZE)
+        z *= inverse * _head_factor(query_norm, key_norm, rest, is_query, is_value, SIZE)
+    angle = tl.load(positions + token) * ROTARY
+    turned = _turn(x, -y, cosines + angle + feature, sines + angle + feature, is_turned, is_value)
+    y = _turn(y, x, cosines + angle + second, sines + angle + second, is_turned, is_value)
     slot = tl.load(slots + token)
     kv_head = head - HEADS - tl.where(is_value, KV_HEADS, 0)
-    place = ((slot // BLOCK_SIZE * KV_HEADS + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE) * SIZE + feature
-    key, value = turned * key_factor, plain * value_factor
-    if NARROW:
-        key = tl.minimum(tl.maximum(key, -FP8_LARGEST), FP8_LARGEST)
-        value = tl.minimum(tl.maximum(value, -FP8_LARGEST), FP8_LARGEST)
-    tl.store(keys + place, key.to(keys.dtype.element_ty), mask & (head >= HEADS) & (head < HEADS + KV_HEADS))
-    tl.store(values + place, value.to(values.dtype.element_ty), mask & is_value)
+    to_query = query + (token * HEADS + head) * SIZE
+    place = ((slot // BLOCK_SIZE * KV_HEADS + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE) * SIZE
+    is_key = exists & (head >= HEADS) & (head < HEADS + KV_HEADS)
+    to_key, to_value, is_value = keys + place, values + place, exists & is_value
+    _put(turned, to_query, to_key, to_value, feature, is_turned, is_query, is_key, is_value, key_factor, value_factor)
+    _put(y, to_query, to_key, to_value, second, is_turned, is_query, is_key, is_value, key_factor, value_factor)
+    if ROTARY < SIZE:
+        _put(z, to_query, to_key, to_value, rest, rest < SIZE, is_query, is_key, is_value, key_factor, value_factor)
 
 
 @triton.jit
-def _head_factor(query_norm, key_norm, feature, is_query, SIZE: tl.constexpr):
-    """The norm's factor of each head's features."""
+def _head_factor(query_norm, key_norm, feature, is_query, is_value, SIZE: tl.constexpr):
+    """The norm's factor of each head's features; values have none."""
     query = tl.load(query_norm + feature, mask=feature < SIZE, other=0.0)
     key = tl.load(key_norm + feature, mask=feature < SIZE, other=0.0)
-    return tl.where(is_query, query, key)
+    return tl.where(is_value, 1.0, tl.where(is_query, query, key))
+
+
+@triton.jit
+def _turn(x, against, cosines, sines, mask, is_value):
+    """One half of the heads' turned features; values stay."""
+    cosine = tl.load(cosines, mask=mask, other=0.0).to(tl.float32)
+    sine = tl.load(sines, mask=mask, other=0.0).to(tl.float32)
+    return tl.where(is_value, x, x * cosine + against * sine)
+
+
+@triton.jit
+def _put(
+    x, query, keys, values, feature, mask, is_query, is_key, is_value, key_factor, value_factor,
+):  # fmt: skip
+    """Write each head's features where they belong."""
+    tl.store(query + feature, x.to(query.dtype.element_ty), mask & is_query)
+    _store_scaled(keys + feature, x * key_factor, mask & is_key)
+    _store_scaled(values + feature, x * value_factor, mask & is_value)
+
+
+@triton.jit
+def _store_scaled(place, x, mask):
+    """Write numbers, those that are too large for float8 as its largest."""
+    if place.dtype.element_ty.primitive_bitwidth == 8:  # noqa: PLR2004 (bits of float8)
+        x = tl.minimum(tl.maximum(x, -FP8_LARGEST), FP8_LARGEST)
+    tl.store(place, x.to(place.dtype.element_ty), mask)
 
 
 @triton.jit
