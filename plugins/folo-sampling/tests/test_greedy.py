@@ -55,3 +55,10 @@ def test_step_is_the_identity():
     assert output.parents.tolist() == [0, 1]
     assert output.tokens.tolist() == [[1], [0]]
     assert output.finished is None
+
+
+def test_half_precision_logits_are_read_as_they_are():
+    logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(1)).bfloat16()
+    assert lowest_argmax(logits).tolist() == [plain_argmax(row) for row in logits]
+    assert GreedySampler.reads_any_dtype
+    assert GreedySampler().steady_after(SamplingParams(temperature=0)) == 0

@@ -30,14 +30,14 @@ _TOP_P_UNIT = tl.constexpr(2.0**42)
 _DEPTH = tl.constexpr(37.0)
 """A token this many temperatures below the largest has a mass of 0 in any unit used, so no cut matters there."""
 _ROUNDER = tl.constexpr(2.0**52)
-"""Adding and subtracting it rounds a float64 in [0, 2**52) to the nearest whole number, of two the even one."""
+"""Added to a float64 in [0, 2**52) it leaves the nearest whole number, of two the even one, in the low 52 bits."""
 
 
 @attrs.frozen(slots=True, kw_only=True)
 class Tuning:
     """Sizes that decide speed alone, never a token."""
 
-    chunk: int = 8192
+    chunk: int = 4096
     """Logits for each program; a power of two."""
     warps: int = 8
     """Warps of a program that works on a chunk."""
@@ -86,7 +86,7 @@ def _masses(x, peak, temperature, UNIT: tl.constexpr):
     """Return each token's weight relative to the largest one's in units of 1 / ``UNIT``, int64; 0 for nonsense."""
     weight = tl.exp((x.to(tl.float64) - peak.to(tl.float64)) * (1.0 / temperature.to(tl.float64)))
     weight = tl.where(weight <= 1.0, weight, 0.0)
-    return (weight * UNIT + _ROUNDER - _ROUNDER).to(tl.int64)
+    return (weight * UNIT + _ROUNDER).to(tl.int64, bitcast=True) & ((1 << 52) - 1)
 
 
 @triton.jit
