@@ -153,7 +153,8 @@ class Run:
 
     def check(self):
         plan, got = self.attend()
-        torch.testing.assert_close(got.double(), self.wanted(), rtol=0, atol=TOLERANCE[self.dtype])
+        atol = 2e-5 if self.dtype == torch.float32 and got.is_cuda else TOLERANCE[self.dtype]
+        torch.testing.assert_close(got.double(), self.wanted(), rtol=0, atol=atol)
         return plan
 
 

@@ -64,22 +64,15 @@ def configs_for(capability: tuple[int, int], head_size: int, dtype: torch.dtype)
 
     Shared memory decides: a processor has 227 KiB from 9.0 on, and as little as 99 KiB on some 8.x.
     """
-    tile_bytes = max(16, 1 << (head_size - 1).bit_length()) * dtype.itemsize
+    tile_bytes = tile(head_size) * dtype.itemsize
     is_large = capability[0] >= 9  # noqa: PLR2004 (Hopper and later)
+    stages, rows = (3, 64) if is_large else (2, 32)
     if tile_bytes <= 256:  # noqa: PLR2004 (128 features in 16 bits)
-        decode = DecodeConfig(block_n=64, shared_rows=64, shared_block_n=32, num_warps=4, num_stages=3)
-        prefill = PrefillConfig(
-            block_m=128, block_n=64, num_warps=8 if is_large else 4, num_stages=3 if is_large else 2
-        )
+        decode = DecodeConfig(block_n=64, shared_rows=rows, shared_block_n=32, num_warps=4, num_stages=stages)
+        prefill = PrefillConfig(block_m=128, block_n=64, num_warps=8, num_stages=stages)
     elif tile_bytes <= 512:  # noqa: PLR2004
-        decode = DecodeConfig(
-            block_n=32,
-            shared_rows=64 if is_large else 32,
-            shared_block_n=32,
-            num_warps=4,
-            num_stages=3 if is_large else 2,
-        )
-        prefill = PrefillConfig(block_m=128 if is_large else 64, block_n=32, num_warps=8, num_stages=2)
+        decode = DecodeConfig(block_n=32, shared_rows=rows, shared_block_n=32, num_warps=4, num_stages=stages)
+        prefill = PrefillConfig(block_m=2 * rows, block_n=32, num_warps=8, num_stages=2)
     else:
         decode = DecodeConfig(block_n=16, shared_rows=16, shared_block_n=16, num_warps=4, num_stages=2)
         prefill = PrefillConfig(block_m=32, block_n=16, num_warps=4, num_stages=2)
@@ -140,7 +133,8 @@ class Operands:
             "KEY_TILE": tile(key_size),
             "VALUE_TILE": tile(value_size),
             "BLOCK_SIZE": block_size,
-            "PRECISION": "ieee" if self.query.dtype == torch.float32 else "tf32",
+            # Float32 in three products of tensor cores: exact ones have no such unit, and spill their registers.
+            "PRECISION": "tf32x3" if self.query.is_cuda else "ieee",
         }
 
     def strides(self) -> tuple[int, int, int]:

@@ -17,13 +17,15 @@ NEVER = tl.constexpr(float("-inf"))
 
 
 @triton.jit
-def _cells(table, positions, seen, head, KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr):
+def _blocks(table, positions, end, BLOCK_SIZE: tl.constexpr):
+    """Blocks in which the tokens at some positions before ``end`` lie."""
+    return tl.load(table + positions // BLOCK_SIZE, mask=positions < end, other=0)
+
+
+@triton.jit
+def _cells(blocks, positions, head, KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """int64 places of positions among all blocks' ``[num_blocks * kv_heads * block_size]`` tokens."""
-    if MASKED:
-        block = tl.load(table + positions // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
-    else:
-        block = tl.load(table + positions // BLOCK_SIZE).to(tl.int64)
-    return (block * KV_HEADS + head) * BLOCK_SIZE + positions % BLOCK_SIZE
+    return (blocks.to(tl.int64) * KV_HEADS + head) * BLOCK_SIZE + positions % BLOCK_SIZE
 
 
 @triton.jit
@@ -86,10 +88,14 @@ def _attend_item(
     acc = tl.zeros([TILE_ROWS, VALUE_TILE], tl.float32)
     norm = tl.zeros([TILE_ROWS], tl.float32)
     top = tl.full([TILE_ROWS], NEVER, tl.float32)
+    offset = tl.arange(0, BLOCK_N)
+    blocks = _blocks(table, begin + offset, end, BLOCK_SIZE)
     for start in range(begin, end, BLOCK_N):
-        position = start + tl.arange(0, BLOCK_N)
+        position = start + offset
         seen = position < end
-        cells = _cells(table, position, seen, head, KV_HEADS, BLOCK_SIZE, True)
+        cells = _cells(blocks, position, head, KV_HEADS, BLOCK_SIZE)
+        # A step ahead, so that the addresses of keys never wait for memory.
+        blocks = _blocks(table, position + BLOCK_N, end, BLOCK_SIZE)
         k = _read(keys, cells, seen, KEY_SIZE, KEY_TILE, True)
         scores = _scores(q, k, factor, cap, SOFTCAP, PRECISION)
         visible = seen[None, :]
@@ -207,10 +213,13 @@ def _attend_run(
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Queries at ``position`` over the tokens ``begin:end``, each up to its own; all of them unless MASKED."""
+    offset = tl.arange(0, BLOCK_N)
+    blocks = _blocks(table, begin + offset, end, BLOCK_SIZE)
     for start in range(begin, end, BLOCK_N):
-        key_position = start + tl.arange(0, BLOCK_N)
+        key_position = start + offset
         seen = key_position < end
-        cells = _cells(table, key_position, seen, head, KV_HEADS, BLOCK_SIZE, MASKED)
+        cells = _cells(blocks, key_position, head, KV_HEADS, BLOCK_SIZE)
+        blocks = _blocks(table, key_position + BLOCK_N, end, BLOCK_SIZE)
         k = _read(keys, cells, seen, KEY_SIZE, KEY_TILE, MASKED)
         scores = _scores(q, k, factor, cap, SOFTCAP, PRECISION)
         if MASKED:
