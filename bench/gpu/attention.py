@@ -152,10 +152,13 @@ class Bench:
             kv_heads=model.kv_heads, key_size=model.head_size, value_size=model.head_size, dtype=model.dtype
         )
         self.blocks = DeviceBlocks([shape] * self.layers, num_blocks, BLOCK_SIZE, DEVICE)
+        # A generator of its own: one that took part in a capture which failed cannot be used again.
+        numbers = torch.Generator(DEVICE)
         for cache in self.blocks.tensors():
-            cache.normal_()
+            cache.normal_(generator=numbers)
         tokens = int(work.query_start[-1])
-        self.query = torch.randn(tokens, model.heads, model.head_size, device=DEVICE, dtype=model.dtype)
+        shape_of_query = (tokens, model.heads, model.head_size)
+        self.query = torch.empty(shape_of_query, device=DEVICE, dtype=model.dtype).normal_(generator=numbers)
         self.wanted: torch.Tensor | None = None
 
     def seconds(self, configs: Configs, **changes: int) -> float:

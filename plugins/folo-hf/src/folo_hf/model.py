@@ -63,6 +63,11 @@ class HfLoadedModel:
         if self.device_decoder is not None:
             self.device_decoder.bind(backend)
 
+    @property
+    def supports_graphs(self) -> bool:
+        """Whether steps can be recorded: they run in a device's kernels, over the bound backend's blocks."""
+        return self.device_decoder is not None and self.device_decoder.is_bound
+
     def stage_seconds(self) -> dict[str, float]:
         """Seconds spent in each kind of work of native layers; empty where layers run through torch."""
         return {} if self._decoder is None else self._decoder.stage_seconds()
