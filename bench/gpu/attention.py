@@ -300,7 +300,8 @@ def torch_seconds(model: Model, work: Workload) -> float:
     from torch.nn.functional import scaled_dot_product_attention
 
     def make(heads: int) -> torch.Tensor:
-        return torch.randn(len(work.lens), heads, work.new, model.head_size, device=DEVICE, dtype=model.dtype)
+        shape = (len(work.lens), heads, work.new, model.head_size)
+        return torch.empty(shape, device=DEVICE, dtype=model.dtype).normal_(generator=torch.Generator(DEVICE))
 
     query, key, value = make(model.heads), make(model.kv_heads), make(model.kv_heads)
     return timed(lambda: scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True))

@@ -46,8 +46,13 @@ logger = logging.getLogger(__name__)
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}
 """Largest accepted ratio of the difference's norm to the logits' norm. Parts were compared in float32 before."""
 
-THIN_ROWS = 4
-"""Rows up to which products are thin ones (see ``folo_kernels.gpu.layers.thin_matmul``)."""
+THIN_ROWS = 1
+"""Rows up to which products are thin ones (see ``folo_kernels.gpu.layers.thin_matmul``): from two on they gain nothing
+on an H100, and lose from four on."""
+
+
+PDL_CAPABILITY = (9, 0)
+"""From which compute capability on a kernel can be launched while its predecessor still runs."""
 
 
 class Blocks(Protocol):
@@ -98,8 +103,9 @@ class DeviceDecoder:
         self._backend: DeviceBackend | None = None
         self.thin_rows = THIN_ROWS
         """Rows up to which products are thin ones; 0 for none."""
-        self.pdl = False
-        """Launch each kernel while its predecessor still runs (from compute capability 9.0 on)."""
+        device = ends.embedding.device
+        self.pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= PDL_CAPABILITY
+        """Launch each kernel of a thin step while its predecessor still runs; larger steps gain nothing by it."""
 
     @property
     def is_bound(self) -> bool:
@@ -133,19 +139,17 @@ class DeviceDecoder:
 
     def _run(self, hidden: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         """All layers and the last norm, ``[tokens, hidden]``; each norm is computed with the sum before it."""
-        kernels, ends, pdl = self._kernels, self._ends, self.pdl
+        kernels, ends = self._kernels, self._ends
         following = [(layer.input_norm, layer.epsilon) for layer in self._layers] + [(ends.norm, ends.epsilon)]
-        normed: torch.Tensor = kernels.norm(hidden, *following[0], pdl=pdl)
+        normed: torch.Tensor = kernels.norm(hidden, *following[0])
         for index, layer in enumerate(self._layers):
             attended = self._attend(index, self._product(normed, layer.qkv), positions, metadata)
             added = self._product(attended, layer.out)
-            normed, _ = kernels.add_norm(
-                added, hidden, layer.feed_norm, layer.epsilon, post=layer.attention_norm, pdl=pdl
-            )
+            normed, _ = kernels.add_norm(added, hidden, layer.feed_norm, layer.epsilon, post=layer.attention_norm)
             added = self._product(self._feed(normed, layer), layer.down)
             factor, epsilon = following[index + 1]
             normed, _ = kernels.add_norm(
-                added, hidden, factor, epsilon, post=layer.output_norm, post_epsilon=layer.epsilon, pdl=pdl
+                added, hidden, factor, epsilon, post=layer.output_norm, post_epsilon=layer.epsilon
             )
         return normed
 
@@ -188,7 +192,7 @@ class DeviceDecoder:
             query_norm=layer.query_norm,
             key_norm=layer.key_norm,
             epsilon=layer.epsilon,
-            pdl=self.pdl,
+            pdl=self.pdl and len(qkv) <= self.thin_rows,
         )
         attended = self._backend.attend(index, query, metadata, **self._calls[index])
         return attended.reshape(len(qkv), layer.heads * layer.size)
@@ -196,7 +200,7 @@ class DeviceDecoder:
     def _feed(self, normed: torch.Tensor, layer: DeviceLayer) -> torch.Tensor:
         """``activation(gate) * value`` of a feed-forward."""
         if len(normed) > self.thin_rows:
-            return self._kernels.gated(self._product(normed, layer.gate_up), layer.activation, pdl=self.pdl)
+            return self._kernels.gated(self._product(normed, layer.gate_up), layer.activation)
         gate_up = layer.gate_up
         return self._kernels.thin_matmul(
             normed, gate_up.weight, bias=gate_up.bias, activation=layer.activation, pdl=self.pdl
