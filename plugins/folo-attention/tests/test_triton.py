@@ -48,10 +48,12 @@ def test_equals_dense_attention_amid_nan(case):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(case=cases((1, 1, 2, 5, 17, 40, 130)))
 def test_compiled_kernels_equal_dense_attention_amid_nan(case):
-    check(harness(case, device="cuda"))
+    """What kernels are compiled for is the same in all examples, since compiling takes seconds."""
+    shape = {"block_size": 4, "kv_heads": 3, "groups": 3, "head_size": 17, "v_head_size": 6, "softcap": None}
+    check(harness(case, device="cuda", **shape, window=case.window and 16))
 
 
 @pytest.mark.gpu
