@@ -33,7 +33,7 @@ def assert_same_greedy(reference, got_tokens, got_logits, prompt):
     )[0].tolist()
     with torch.no_grad():
         own = reference(torch.tensor([got_tokens])).logits[0, len(prompt) - 1 : -1].float()
-    torch.testing.assert_close(got_logits.log_softmax(-1), own.log_softmax(-1), rtol=0, atol=1e-4)
+    torch.testing.assert_close(got_logits.cpu().log_softmax(-1), own.log_softmax(-1), rtol=0, atol=1e-4)
     best, second = own.topk(2).values.unbind(-1)
     clear = best - second > 1e-3
     assert clear.sum() > len(clear) / 2, "the weights leave too many ties for the comparison to mean anything"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -248,3 +251,15 @@ def test_dependent_launches_in_a_graph_give_the_same():
     for _ in range(20):
         graph.replay()
         torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_a_device_that_is_not_here(tmp_path):
+    """The interpreter runs what the compiler refuses."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("TRITON_INTERPRET", None)
+    script = Path(__file__).parent / "compile_layers.py"
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    names = {name for name in vars(layers) if name.endswith("_kernel")}
+    assert set(done.stdout.split()) == names
