@@ -67,15 +67,17 @@ def configs_for(capability: tuple[int, int], head_size: int, dtype: torch.dtype)
     tile_bytes = tile(head_size) * dtype.itemsize
     is_large = capability[0] >= 9  # noqa: PLR2004 (Hopper and later)
     stages, rows = (3, 64) if is_large else (2, 32)
+    # Tiles of float32 are split into parts for tensor cores, which takes room as well.
+    wide_stages = 2 if is_large or dtype.itemsize < 4 else 1  # noqa: PLR2004
     if tile_bytes <= 256:  # noqa: PLR2004 (128 features in 16 bits)
         decode = DecodeConfig(block_n=64, shared_rows=rows, shared_block_n=32, num_warps=4, num_stages=stages)
         prefill = PrefillConfig(block_m=128, block_n=64, num_warps=8, num_stages=stages)
     elif tile_bytes <= 512:  # noqa: PLR2004
         decode = DecodeConfig(block_n=32, shared_rows=rows, shared_block_n=32, num_warps=4, num_stages=stages)
-        prefill = PrefillConfig(block_m=2 * rows, block_n=32, num_warps=8, num_stages=2)
+        prefill = PrefillConfig(block_m=2 * rows, block_n=32, num_warps=8, num_stages=wide_stages)
     else:
         decode = DecodeConfig(block_n=16, shared_rows=16, shared_block_n=16, num_warps=4, num_stages=2)
-        prefill = PrefillConfig(block_m=32, block_n=16, num_warps=4, num_stages=2)
+        prefill = PrefillConfig(block_m=32, block_n=16, num_warps=4, num_stages=wide_stages)
     return Configs(decode=decode, prefill=prefill)
 
 
