@@ -296,10 +296,11 @@ def _check_rotation(
     width = (heads + 2 * keys.shape[1]) * size
     if qkv.shape != (tokens, width) or not qkv.is_contiguous() or not query_out.is_contiguous():
         raise ValueError(f"qkv: {tuple(qkv.shape)}: give contiguous rows {(tokens, width)} and a contiguous query_out")
-    if keys.shape[3] != size or not 0 < cosines.shape[1] <= size or cosines.shape[1] % 2:
+    fits = keys.shape[3] == size and 0 < cosines.shape[1] <= size and cosines.shape[1] % 2 == 0
+    if not fits or not keys.is_contiguous() or not cosines.is_contiguous():
         raise ValueError(
-            f"keys: {tuple(keys.shape)}, cosines: {tuple(cosines.shape)}: give heads of {size} features, "
-            "and turn an even number of them"
+            f"keys: {tuple(keys.shape)}, cosines: {tuple(cosines.shape)}: give contiguous ones, heads of {size} "
+            "features, and turn an even number of them"
         )
     if (query_norm is None) != (key_norm is None):
         raise ValueError(f"key_norm: {key_norm}: give both norms or neither")
