@@ -139,6 +139,8 @@ class InputProcessor:
         return None, self._as_ids(prompt)
 
     def _as_ids(self, value: object) -> tuple[int, ...]:
+        if isinstance(value, (list, tuple)) and set(map(type, value)) <= {int}:
+            return tuple(value)  # long prompts are looked at quickly: nearly all are plain ints
         if not isinstance(value, (list, tuple)) or not all(
             isinstance(v, Integral) and not isinstance(v, bool) for v in value
         ):
@@ -154,8 +156,8 @@ class InputProcessor:
         if not token_ids:
             message = "prompt: it has no tokens: give at least one"
             raise RequestError(message, code="empty_prompt")
-        bad = [t for t in token_ids if not 0 <= t < self.info.vocab_size]
-        if bad:
+        if min(token_ids) < 0 or max(token_ids) >= self.info.vocab_size:
+            bad = [t for t in token_ids if not 0 <= t < self.info.vocab_size]
             message = f"prompt_token_ids: {bad[:5]}: ids must lie in [0, {self.info.vocab_size})"
             raise RequestError(message, code="token_id_out_of_range")
         if len(token_ids) >= self.max_model_len:

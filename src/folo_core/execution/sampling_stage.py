@@ -61,6 +61,8 @@ class SampledRows:
 
 
 _OPTIONAL = ("logprobs", "finished", "scores", "tags", "drafts")
+_NOUGHT = [0]
+"""Shared by nearly all samples: a list of its own for each would keep the garbage collector busy."""
 _NEVER = np.iinfo(np.int64).max
 
 
@@ -344,7 +346,7 @@ class SamplingStage:
         request_ids = host.metadata.request_ids
         if host.is_plain and not raw:
             plain = zip(request_ids, host.tokens.tolist(), strict=True)
-            return [RequestSample(request_id, [0], [row], [0], is_plain=True) for request_id, row in plain]
+            return [RequestSample(name, _NOUGHT, [row], _NOUGHT, is_plain=True) for name, row in plain]
         kept = self._kept_drafts(host, rows)
         tokens = [
             mine + [token for token in row if token >= 0] for mine, row in zip(kept, host.tokens.tolist(), strict=True)
