@@ -13,6 +13,7 @@ import argparse
 import itertools
 import statistics
 import sys
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +22,13 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from folo_beam.sampler import Search
     from folo_core.sampling.metadata import SamplingMetadata
     from folo_sampling.device import Tuning
 
 ROWS = (1, 64, 256)
+BEAMS = ((16, 4), (16, 8))
+"""Requests and widths of the beam searches."""
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "temperature": {},
@@ -115,6 +119,67 @@ def by_tensors(metadata: SamplingMetadata, mode: str, vocab: int) -> Callable[[t
     return call
 
 
+def searches_of(count: int, width: int) -> list[tuple[Search, range]]:
+    """Return searches in the middle of their answers, two of their hypotheses finished, and their rows."""
+    from folo_beam.params import BeamParams
+    from folo_beam.sampler import Search
+    from folo_core.sequence import SequenceStatus
+    from folo_core.testing.builders import make_request
+
+    members = []
+    for number in range(count):
+        params = BeamParams(width=width, max_tokens=64)
+        request = make_request(f"{number}", params)
+        for place in range(3):
+            sequence = request.open_sequence(place)
+            sequence.data.output_token_ids += [1] * 9
+            sequence.score, sequence.tag = -20.0, 1
+            if place:
+                sequence.transition(SequenceStatus.RUNNING)
+                request.close_sequence(sequence, SequenceStatus.FINISHED_STOPPED)
+        members.append((Search(request, params, (2,), None), range(number * width, number * width + width)))
+    return members
+
+
+def beams(vocab: int, shape: str) -> None:
+    """Print what a step of beam search costs: the kernels by the device's clock, then whole steps by the host's."""
+    from folo_beam.device import TUNING, Step, likeliest
+    from folo_beam.grid import Grid
+    from folo_core.testing.builders import make_metadata
+
+    print(f"\n{'beams':<8} {'likeliest us':>12} {'step us':>9} {'tensors us':>11} {'times':>6}")
+    for count, width in BEAMS:
+        batches, members = logits_of(count * width, vocab, shape), searches_of(count, width)
+        metadata = make_metadata([s.params for s, span in members for _ in span], vocab_size=vocab, device="cuda")
+        only = in_graph(partial(likeliest, count=width + 1, tuning=TUNING), batches)
+
+        def by_kernels(logits: list[torch.Tensor] = batches, given: Any = (metadata, members)) -> object:  # noqa: ANN401
+            step = Step.start(logits[0], given[0].scores, given[1])
+            torch.cuda.current_stream().synchronize()
+            return step.columns()
+
+        def by_tensors(logits: list[torch.Tensor] = batches, given: Any = (metadata, members)) -> object:  # noqa: ANN401
+            return [column.cpu() for column in Grid.of(logits[0].float(), *given).advance()]
+
+        ours = statistics.median(repeat(waited, by_kernels))
+        theirs = statistics.median(repeat(waited, by_tensors))
+        print(f"{count} x {width:<3} {only:>12.1f} {ours:>9.1f} {theirs:>11.1f} {theirs / ours:>6.1f}")
+
+
+def repeat(clock: Callable[[Callable[[], object]], float], work: Callable[[], object]) -> list[float]:
+    """Return the times of some calls after a first one that is not counted."""
+    work()
+    return [clock(work) for _ in range(15)]
+
+
+def waited(work: Callable[[], object]) -> float:
+    """Return the microseconds of a call by the host's clock, its waits for the device included."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    return (time.perf_counter() - start) * 1e6
+
+
 def tunings() -> list[Tuning]:
     """Return the sizes to try."""
     from folo_sampling.device import Tuning
@@ -148,9 +213,23 @@ def tune(vocab: int, shape: str) -> None:
         batches, metadata = logits_of(rows, vocab, shape), metadata_of(rows, vocab, MODES[mode])
         found = [(in_graph(by_kernels(metadata, mode, tuning), batches), tuning) for tuning in tunings()]
         found.sort(key=lambda pair: pair[0])
-        for time, tuning in found[:4]:
+        for best, tuning in found[:4]:
             sizes = f"chunk {tuning.chunk} x {tuning.warps} warps, tile {tuning.tile} x {tuning.tile_warps} warps"
-            print(f"{rows:>4} {mode:<12} {time:>9.1f} us   {sizes}", flush=True)
+            print(f"{rows:>4} {mode:<12} {best:>9.1f} us   {sizes}", flush=True)
+    tune_beams(vocab, shape)
+
+
+def tune_beams(vocab: int, shape: str) -> None:
+    """Print the best sizes of the work of finding a row's likeliest tokens."""
+    from folo_beam.device import Tuning, likeliest
+
+    for count, width in BEAMS:
+        batches = logits_of(count * width, vocab, shape)
+        sizes = itertools.product((1024, 2048, 4096, 8192), (4, 8, 16))
+        tried = [Tuning(chunk=chunk, warps=warps) for chunk, warps in sizes if 4 <= chunk // warps // 32 <= 32]  # noqa: PLR2004
+        found = [(in_graph(partial(likeliest, count=width + 1, tuning=each), batches), each) for each in tried]
+        for best, tuning in sorted(found, key=lambda pair: pair[0])[:4]:
+            print(f"{count} x {width:<3} {'beam':<9} {best:>9.1f} us   chunk {tuning.chunk} x {tuning.warps} warps")
 
 
 def main() -> int:
@@ -164,7 +243,11 @@ def main() -> int:
         print("sampling: no CUDA device is found; run this on a machine that has one", file=sys.stderr)
         return 2
     with torch.inference_mode():
-        (tune if options.tune else compare)(options.vocab, options.shape)
+        if options.tune:
+            tune(options.vocab, options.shape)
+        else:
+            compare(options.vocab, options.shape)
+            beams(options.vocab, options.shape)
     return 0
 
 

@@ -6,13 +6,14 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import attrs
-import torch
 
 from folo_beam.constraints import Banks
-from folo_beam.grid import Grid
+from folo_beam.steps import advance
 from folo_core.sampling.interface import SamplerOutput
 
 if TYPE_CHECKING:
+    import torch
+
     from folo_beam.params import BeamParams
     from folo_core.request import Request
     from folo_core.sampling.metadata import SamplingMetadata
@@ -52,6 +53,8 @@ class Search:
 class BeamSampler:
     """Serves BeamParams."""
 
+    reads_any_dtype = True
+
     def __init__(self, tokenizer: Any = None) -> None:  # noqa: ANN401 (any tokenizer)
         self._tokenizer = tokenizer
         self._searches: dict[str, Search] = {}
@@ -84,8 +87,7 @@ class BeamSampler:
         for request_id, rows in metadata.groups:
             search = self._searches[request_id]
             shapes.setdefault(search.shape, []).append((search, rows))
-        parts = [Grid.of(logits, metadata, members).advance() for members in shapes.values()]
-        parents, tokens, logprobs, scores, tags, ended = (torch.cat(column) for column in zip(*parts, strict=True))
+        parents, tokens, logprobs, scores, tags, ended = advance(logits, metadata, list(shapes.values()))
         order = parents.argsort(stable=True)  # which is by request, and of a row's children first the one to go on
         return SamplerOutput(
             parents=parents[order], tokens=tokens[order, None], logprobs=logprobs[order, None], scores=scores[order],

@@ -8,7 +8,7 @@ import torch
 
 from folo_core.sampling.identity import identity
 from folo_core.sampling.interface import SamplerOutput
-from folo_sampling.kernels import has_kernels
+from folo_core.sampling.kernels import has_kernels
 
 if TYPE_CHECKING:
     from folo_core.request import Request

@@ -8,8 +8,8 @@ import torch
 
 from folo_core.sampling.identity import identity
 from folo_core.sampling.interface import SamplerOutput
+from folo_core.sampling.kernels import has_kernels
 from folo_core.sampling.rng import uniform
-from folo_sampling.kernels import has_kernels
 from folo_sampling.masks import SHORT_TOP_K, Filters, largest, narrow_, top_k_cut, weigh, whole_
 
 if TYPE_CHECKING:
