@@ -285,7 +285,7 @@ class SamplingStage:
             bool ``[rows]``: the rows that are offered to samplers.
         """
         usable = np.ones(len(sampled), dtype=np.bool_)
-        peaks = _row_maxima(logits)
+        peaks = self._row_maxima(logits, sampled)
         good = np.isfinite(peaks)
         if good.all():
             return usable
@@ -301,6 +301,20 @@ class SamplingStage:
                 continue
             errors.setdefault(request.request_id, _unusable(request.request_id, peak))
         return usable
+
+    def _row_maxima(self, logits: torch.Tensor, sampled: SampledRows) -> NDArray[np.float32]:
+        """Return each row's largest entry, NaN if it holds one."""
+        if logits.device.type == "cpu":
+            maxima: NDArray[np.float32] = logits.numpy().max(1)  # torch's threads would cost more than they spare
+            return maxima
+        peaks = to_host(logits.amax(1))
+        arrival = Milestone(logits.device)
+        # What samplers are told is gathered while the device computes.
+        for _, rows in self._by_sampler(sampled.slots):
+            self._metadata(sampled.take(rows))
+        arrival.wait()
+        maxima = peaks.numpy()
+        return maxima
 
     def _sample(  # noqa: PLR0913, PLR0917 (one step's shared state)
         self,
@@ -568,12 +582,6 @@ def _copies(output: SamplerOutput) -> SamplerOutput:
 def _unusable(request_id: str, peak: float) -> FoloError:
     reason = "every token is masked" if peak == -np.inf else f"the largest logit is {peak}"
     return FoloError(f"request {request_id!r}: its logits cannot be sampled: {reason}")
-
-
-def _row_maxima(logits: torch.Tensor) -> NDArray[np.float32]:
-    """Return each row's largest entry, NaN if it holds one. On the CPU without torch's threads, which cost more."""
-    maxima: NDArray[np.float32] = logits.numpy().max(1) if logits.device.type == "cpu" else logits.amax(1).cpu().numpy()
-    return maxima
 
 
 def _take(logits: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
