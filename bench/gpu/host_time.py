@@ -28,25 +28,32 @@ if TYPE_CHECKING:
 WARM_STEPS = 30
 
 
-def fill(engine: Engine, rows: int, sampling: dict[str, float]) -> None:
+def asked(args: argparse.Namespace) -> SamplingParams:
+    """Return the parameters of every request."""
+    common = {"max_tokens": 1500, "ignore_eos": True, "detokenize": False, "output_kind": "FINAL_ONLY"}
+    if args.beam:
+        from folo_beam import BeamParams
+
+        return BeamParams(width=args.beam, **common)
+    return SamplingParams(temperature=args.temperature, **common)
+
+
+def fill(engine: Engine, rows: int, params: SamplingParams) -> None:
     """Admit requests and run them until all decode."""
     for row in range(rows):
-        params = SamplingParams(
-            max_tokens=1500, ignore_eos=True, detokenize=False, output_kind="FINAL_ONLY", **sampling
-        )
         engine.add_request(f"{rows}-{row}", [row % 900 + 1] * 128, params)
     for _ in range(WARM_STEPS):
         engine.step()
 
 
 def seconds_per_step(engine: Engine, steps: int) -> float:
-    """Return the time of a step from its start to the next one's."""
+    """Return the time of a step of the model, from its start to the next one's."""
     torch.cuda.synchronize()
-    started = time.perf_counter()
+    before, started = engine.step_count, time.perf_counter()
     for _ in range(steps):
         engine.step()
     torch.cuda.synchronize()
-    return (time.perf_counter() - started) / steps
+    return (time.perf_counter() - started) / (engine.step_count - before)
 
 
 def profile(engine: Engine, steps: int, lines: int) -> str:
@@ -68,6 +75,9 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 256])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument(
+        "--beam", type=int, default=0, metavar="WIDTH", help="search with beams; rows are requests then"
+    )
     parser.add_argument("--lines", type=int, default=30)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -75,7 +85,7 @@ def main() -> None:
         empty = shapes.write_empty_folder(shape, Path(folder) / args.model)
         engine = measure.open_engine(shape, empty, "cuda", {}).engine
         for rows in args.rows:
-            fill(engine, rows, {"temperature": args.temperature})
+            fill(engine, rows, asked(args))
             plain = seconds_per_step(engine, args.steps)
             print(f"\nmodel {args.model}, {rows} rows: {plain * 1e3:.3f} ms a step")
             print(profile(engine, args.steps, args.lines))

@@ -305,16 +305,14 @@ class SamplingStage:
     def _row_maxima(self, logits: torch.Tensor, sampled: SampledRows) -> NDArray[np.float32]:
         """Return each row's largest entry, NaN if it holds one."""
         if logits.device.type == "cpu":
-            maxima: NDArray[np.float32] = logits.numpy().max(1)  # torch's threads would cost more than they spare
-            return maxima
+            return logits.numpy().max(1)  # type: ignore[no-any-return]  # torch's threads would cost more than they spare
         peaks = to_host(logits.amax(1))
         arrival = Milestone(logits.device)
         # What samplers are told is gathered while the device computes.
         for _, rows in self._by_sampler(sampled.slots):
             self._metadata(sampled.take(rows))
         arrival.wait()
-        maxima = peaks.numpy()
-        return maxima
+        return peaks.numpy()
 
     def _sample(  # noqa: PLR0913, PLR0917 (one step's shared state)
         self,
