@@ -1,9 +1,10 @@
 """What rounding weights to 8 or 4 bits costs in quality, and what it saves in bytes and time.
 
 ``python bench/quantization.py [--model PATH] [--only size,quality,speed] [--json]`` loads the model in float32, int8
-and int4 into one process. Perplexity is taken over windows of Python's own help topics (``pydoc_data.topics``, prose
-and code that ship with the standard library). Greedy answers are compared with float32's. Speeds are told as ratios to
-float32's, round by round, since a machine's speed drifts.
+and int4 into one process; with ``--device cuda`` in bfloat16, fp8 and int4, where the size is what the loader says.
+Perplexity is taken over windows of Python's own help topics (``pydoc_data.topics``, prose and code that ship with the
+standard library). Greedy answers are compared with those of the weights as they were. Speeds are told as ratios to
+theirs, round by round, since a machine's speed drifts.
 """
 
 from __future__ import annotations
@@ -33,20 +34,21 @@ if TYPE_CHECKING:
 
     from folo_kernels.matrix import PackedMatrix
 
-FORMATS = ("float32", "int8", "int4")
+FORMATS = {"cpu": ("float32", "int8", "int4"), "cuda": ("bfloat16", "fp8", "int4")}
+"""By device: the dtype of the weights as they were, then what rounds them."""
 PARTS = ("size", "quality", "speed")
 WINDOW = 1024
 ROWS = 32
 
 
-def open_model(name: str, quantization: str) -> LLM:
-    """Load the model; ``float32`` is no quantisation."""
-    chosen = None if quantization == "float32" else quantization
+def open_model(name: str, device: str, quantization: str) -> LLM:
+    """Load the model; the device's first format is no quantisation."""
+    exact = FORMATS[device][0]
     return LLM(
         name,
-        dtype="float32",
-        device="cpu",
-        quantization=chosen,
+        dtype=exact,
+        device=device,
+        quantization=None if quantization == exact else quantization,
         max_model_len=WINDOW + 1,
         max_num_seqs=64,
         max_num_batched_tokens=WINDOW,
@@ -150,9 +152,9 @@ def speed(models: dict[str, LLM], tokens: int, rounds: int) -> dict[str, dict[st
     return {
         name: {
             "ms_per_token": 1e3 * statistics.median(single[name]) / tokens,
-            "single_stream_times_float32": times_as_fast(single, name),
+            "single_stream_times_as_fast": times_as_fast(single, name),
             "batch_tokens_per_second": ROWS * tokens / statistics.median(batch[name]),
-            "batch_times_float32": times_as_fast(batch, name),
+            "batch_times_as_fast": times_as_fast(batch, name),
         }
         for name in models
     }
@@ -160,22 +162,25 @@ def speed(models: dict[str, LLM], tokens: int, rounds: int) -> dict[str, dict[st
 
 def times_as_fast(seconds: dict[str, list[float]], name: str) -> float:
     """Return the median of the rounds' ratios."""
-    return statistics.median(a / b for a, b in zip(seconds["float32"], seconds[name], strict=True))
+    exact = next(iter(seconds.values()))
+    return statistics.median(a / b for a, b in zip(exact, seconds[name], strict=True))
 
 
 def report(options: argparse.Namespace) -> dict[str, Any]:
     """Measure what was asked for."""
-    models = {name: open_model(options.model, name) for name in FORMATS}
-    results: dict[str, Any] = {name: {} for name in FORMATS}
-    told: dict[str, Any] = {"model": options.model, "formats": results}
+    models = {name: open_model(options.model, options.device, name) for name in FORMATS[options.device]}
+    exact = next(iter(models.values()))
+    results: dict[str, Any] = {name: {} for name in models}
+    told: dict[str, Any] = {"model": options.model, "device": options.device, "formats": results}
     if "size" in options.only:
         for name, llm in models.items():
-            results[name] |= size(llm, models["float32"])
+            stored = {"weight_bytes": llm.engine.components.model_info.weight_bytes}
+            results[name] |= size(llm, exact) if options.device == "cpu" else stored
     if "quality" in options.only:
-        texts, digest = windows(models["float32"], options.windows)
+        texts, digest = windows(exact, options.windows)
         told["text"] = f"pydoc_data.topics of Python {sys.version.split()[0]}, sha256 {digest}"
         told["text_tokens"] = sum(map(len, texts))
-        expected = answers(models["float32"], options.answer_tokens)
+        expected = answers(exact, options.answer_tokens)
         for name, llm in models.items():
             results[name]["perplexity"] = perplexity(llm, texts)
             results[name] |= agreement(answers(llm, options.answer_tokens), expected)
@@ -188,9 +193,10 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
 def show(told: dict[str, Any]) -> None:
     """Print a table: a row for each figure, a column for each format."""
     print(", ".join(f"{key}: {value}" for key, value in told.items() if key != "formats"))
-    print(f"{'':<56}" + "".join(f"{name:>14}" for name in FORMATS))
-    for figure in told["formats"]["float32"]:
-        cells = (brief(told["formats"][name][figure]) for name in FORMATS)
+    formats = told["formats"]
+    print(f"{'':<56}" + "".join(f"{name:>14}" for name in formats))
+    for figure in next(iter(formats.values())):
+        cells = (brief(formats[name][figure]) for name in formats)
         print(f"{figure.replace('_', ' '):<56}" + "".join(f"{cell:>14}" for cell in cells))
 
 
@@ -205,6 +211,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="What quantised weights cost and save.")
     parser.add_argument("--model", default="demo", help="alias, folder, GGUF file or hub id")
+    parser.add_argument("--device", choices=FORMATS, default="cpu", help="where to compute (default cpu)")
     parser.add_argument("--only", type=lambda text: text.split(","), default=PARTS, help="of size,quality,speed")
     parser.add_argument("--windows", type=int, default=10, help=f"windows of {WINDOW} tokens for the perplexity")
     parser.add_argument("--answer-tokens", type=int, default=64, help="tokens of each greedy answer")

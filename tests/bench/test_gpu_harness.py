@@ -17,6 +17,7 @@ import anchors  # noqa: E402
 import ceilings  # noqa: E402
 import gpu_workloads  # noqa: E402
 import greedy_check  # noqa: E402 (torch may be missing)
+import low_bit  # noqa: E402
 import measure  # noqa: E402
 import shapes  # noqa: E402
 import startup  # noqa: E402
@@ -245,6 +246,12 @@ def test_out_of_time_shows_what_there_is(harness, tmp_path, capsys, monkeypatch)
     found = json.loads(result.read_text())
     assert [line["key"] for line in found["lines"]] == ["W3 A"]
     assert found["lines"][0]["rounds"] == len(found["samples"]) > 0
+
+
+def test_low_bit_products_are_timed_with_their_errors(capsys):
+    (line,) = low_bit.measure("A qkv", [3], "cpu", scale=16)
+    assert 0.02 < line["fp8 error"] < 0.05 < line["int4 error"] < 0.1
+    assert "fp8 error" in capsys.readouterr().out
 
 
 def test_a_short_answer_ends_the_run():

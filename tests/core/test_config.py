@@ -134,10 +134,10 @@ class TestFields:
     @pytest.mark.parametrize(
         ("given_word", "mend"),
         [
-            ("int_8", "must be one of int8, int4 or None; did you mean 'int8'?"),
-            ("int44", "must be one of int8, int4 or None; did you mean 'int4'?"),
-            ("awq", "must be one of int8, int4 or None"),
-            (8, "must be one of int8, int4 or None"),
+            ("int_8", "must be one of int8, int4, fp8 or None; did you mean 'int8'?"),
+            ("int44", "must be one of int8, int4, fp8 or None; did you mean 'int4'?"),
+            ("awq", "must be one of int8, int4, fp8 or None"),
+            (8, "must be one of int8, int4, fp8 or None"),
         ],
     )
     def test_an_unknown_quantization_is_refused_with_the_word_that_was_meant(self, given_word, mend):

@@ -40,8 +40,6 @@ def load(folder, quantization, **fields):
     ("fields", "hardware", "words"),
     [
         ({"dtype": "bfloat16"}, None, r'bfloat16 on cpu.*give device="cpu" and dtype="float32"'),
-        ({"device": "cuda"}, OneCard(), r'bfloat16 on cuda:0.*give device="cpu" and dtype="float32"'),
-        ({"device": "cuda", "dtype": "float32"}, OneCard(), r'float32 on cuda:0.*give device="cpu"'),
         ({"deterministic": True}, None, r"deterministic=True.*give one of the two up"),
     ],
 )

@@ -74,7 +74,7 @@ def test_the_page_is_trace_html_unless_named(monkeypatch: pytest.MonkeyPatch, tm
         (["--temperature", "-1"], "temperature: -1.0: must be"),
         (["--block-size", "0"], "block_size: 0: must be"),
         (["-O", "max_tokens=0"], "max_tokens: 0: must be"),
-        (["--quantization", "int5"], "quantization: 'int5': must be one of int8, int4 or None"),
+        (["--quantization", "int5"], "quantization: 'int5': must be one of int8, int4, fp8 or None"),
         (["--quantization", "int4"], "model.quantization: 'int4': the loader of model 'fake'"),
         (["--kv-cache-bytes", "much"], "kv_cache_bytes: 'much': must be a size"),
         (["--preemption", "never"], "preemption: 'never': must be"),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from folo_core.validation import Data
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-QUANTIZATIONS = ("int8", "int4")
+QUANTIZATIONS = ("int8", "int4", "fp8")
 _ALIASES = {"float": "float32", "fp32": "float32", "half": "float16", "fp16": "float16", "bf16": "bfloat16"}
 _PART = r"[A-Za-z0-9][\w.:-]*"
 
@@ -49,7 +49,8 @@ class ModelConfig(Checked):
     """Numbers of the weights and activations; ``auto`` chooses by the device."""
     quantization: str | None = attrs.field(default=None, metadata=one_of(*QUANTIZATIONS, optional=True))
     """Bits in which the loader stores the weights that products read, rounding them; None keeps them in ``dtype``.
-    Activations, keys and values stay in ``dtype``. A loader that cannot do it refuses to load the model."""
+    Activations, keys and values stay in ``dtype``, but that with ``fp8`` the inputs of products are rounded, too.
+    A loader that cannot do it refuses to load the model."""
     device: str = attrs.field(
         default="auto",
         converter=as_device,

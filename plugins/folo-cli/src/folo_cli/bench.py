@@ -38,7 +38,7 @@ Rounds = Annotated[int, typer.Option(min=1, help="Interleaved rounds; medians ar
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads, for every contestant alike.")]
 Seed = Annotated[int, typer.Option(help="Draws prompts and lengths.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
-Quantization = Annotated[str | None, typer.Option(help="int8 or int4: round Folo's weights.")]
+Quantization = Annotated[str | None, typer.Option(help="int8, int4 or fp8: round Folo's weights.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -33,7 +33,7 @@ Fields = Annotated[
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
-Quantization = Annotated[str | None, typer.Option(help="int8 or int4: round the weights to read fewer bytes a step.")]
+Quantization = Annotated[str | None, typer.Option(help="int8, int4 or fp8: round the weights, to read fewer bytes.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest sequence, in tokens.")]
 
 PROCESS_DEFAULTS = {

@@ -20,6 +20,7 @@ from folo_hf.decoder import native_decoder
 from folo_hf.device import TorchProbe, resolve_device, resolve_dtype
 from folo_hf.gguf import converted
 from folo_hf.invariance import STEADY_PASSES, settle
+from folo_hf.low_bit import LowBitLinears, check_device
 from folo_hf.model import HfLoadedModel
 from folo_hf.native import NativeLinears, check_quantised, weight_bytes, weight_format
 from folo_hf.passes import PASSES, run_passes
@@ -33,6 +34,7 @@ from folo_hf.source import Kind, check_weights, locate, weight_names
 from folo_hf.swift import swift_loading
 from folo_hf.tokenizer import load_tokenizer
 from folo_hf.vocabulary import fit_vocabulary
+from folo_kernels.matrix import Format
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,7 +49,6 @@ if TYPE_CHECKING:
     from folo_hf.source import Source
     from folo_hf.swift import LoadingReport
     from folo_hf.tokenizer import HfTokenizer
-    from folo_kernels.matrix import Format
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,18 @@ class HfLoader:
     @cached_property
     def _weights(self) -> Format:
         """How weights are stored, once nothing speaks against it."""
-        return weight_format(self._config.quantization, *self._placement, deterministic=self._deterministic)
+        device, dtype = self._placement
+        if self._low_bit is not None:
+            return Format.FLOAT32  # what passes for CUDA round is none of the kernels for a CPU
+        return weight_format(self._config.quantization, device, dtype, deterministic=self._deterministic)
+
+    @cached_property
+    def _low_bit(self) -> LowBitLinears | None:
+        """What rounds weights on a CUDA device, if that is wanted and nothing speaks against it."""
+        quantization, (device, dtype) = self._config.quantization, self._placement
+        if quantization is None or self._deterministic or not device.startswith("cuda"):
+            return None
+        return LowBitLinears(quantization, check_device(quantization, device, dtype, self._hardware))
 
     @cached_property
     def _folder(self) -> Path:
@@ -121,6 +133,7 @@ class HfLoader:
             settle_rope(module, self._config.max_model_len)
             num_parameters = module.num_parameters()
             passes = PASSES + STEADY_PASSES if self._deterministic else (NativeLinears(weights), *PASSES)
+            passes = passes if self._low_bit is None else (*passes, self._low_bit)
             done = run_passes(module, device, getattr(torch, dtype), passes)
             check_quantised(module, self._config.quantization)
             shape = memory.shape(module) or probe(module, bridge)

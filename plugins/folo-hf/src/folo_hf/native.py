@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from folo_core.errors import ConfigError, UnsupportedModelError
+from folo_hf.low_bit import low_bit_linears
 from folo_hf.passes import FusedPart, PackedLinear, SharedProduct, fuse, plain, shared_linear
 from folo_hf.stack import activation_of
 from folo_kernels.library import settled, why_not
@@ -22,6 +23,9 @@ GATES: dict[Epilogue, Callable[[torch.Tensor], torch.Tensor]] = {
     Epilogue.GELU_TANH_GATE: lambda x: functional.gelu(x, approximate="tanh"),
 }
 """Activations that the kernels know."""
+
+NATIVE_FORMATS = ("int8", "int4")
+"""Values of ``quantization`` that the kernels know."""
 
 MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
 
@@ -133,8 +137,10 @@ def weight_format(quantization: str | None, device: str, dtype: str, *, determin
     reason = mend = None
     if deterministic:
         reason, mend = "is not among what deterministic=True promises the same bits for", "give one of the two up"
+    elif quantization not in NATIVE_FORMATS:
+        reason, mend = "takes a CUDA device of compute capability 8.9 or more", "give 'int8' or 'int4' on a CPU"
     elif device != "cpu" or dtype != "float32":
-        reason = f"the model is to run in {dtype} on {device}, and only float32 on a CPU computes with rounded weights"
+        reason = f"the model is to run in {dtype} on {device}, and on a CPU only float32 computes with rounded weights"
         mend = 'give device="cpu" and dtype="float32" (or "auto"), or leave quantization out'
     elif (missing := why_not()) is not None:
         reason, mend = f"takes folo_kernels, which cannot be used here: {missing}", "or leave quantization out"
@@ -154,6 +160,7 @@ def check_quantised(model: nn.Module, quantization: str | None) -> None:
     embeddings = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)}
     plain_weights = sum(each.numel() for each in model.parameters() if id(each) not in embeddings)
     rounded = sum(matrix.outputs * matrix.inputs for matrix in packed_matrices(model))
+    rounded += sum(layer.out_features * layer.in_features for layer in low_bit_linears(model))
     if rounded <= plain_weights:
         raise UnsupportedModelError(
             f"model.quantization: {quantization!r}: of {type(model).__name__}, {plain_weights} weights are in no "
@@ -183,7 +190,8 @@ def weight_bytes(model: nn.Module) -> int:
     packed = sum(4 * linear.in_features * linear.out_features for linear in linears)
     joined = [product.linear for product in _products(model) if type(product.linear) is nn.Linear]
     plain_bytes += sum(parameter.nbytes for linear in joined for parameter in linear.parameters())
-    return plain_bytes + packed + sum(matrix.nbytes for matrix in packed_matrices(model))
+    low_bit = sum(layer.low_bit.nbytes for layer in low_bit_linears(model))
+    return plain_bytes + packed + low_bit + sum(matrix.nbytes for matrix in packed_matrices(model))
 
 
 def _products(model: nn.Module) -> list[SharedProduct]:

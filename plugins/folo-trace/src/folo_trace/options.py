@@ -21,7 +21,7 @@ Temperature = Annotated[float | None, typer.Option(help="0 is greedy, as without
 Seed = Annotated[int | None, typer.Option(help="Fixes the random choices.")]
 PromptsFile = Annotated[Path | None, typer.Option("--file", "-f", help="One prompt a line.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, float16 or bfloat16.")]
-Quantization = Annotated[str | None, typer.Option(help="int8 or int4: round the weights to read fewer bytes a step.")]
+Quantization = Annotated[str | None, typer.Option(help="int8, int4 or fp8: round the weights, to read fewer bytes.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest sequence, in tokens.")]
 BlockSize = Annotated[int | None, typer.Option(help="Tokens in a KV block.")]
 NumBlocks = Annotated[int | None, typer.Option(help="KV blocks on the device; few of them make requests yield.")]
