@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import attrs
 import pytest
 import torch
@@ -12,9 +14,11 @@ from transformers.pytorch_utils import Conv1D
 
 from folo_core.errors import ConfigError, UnsupportedModelError
 from folo_hf import loader as loading
+from folo_hf.attention import AttentionBridge
 from folo_hf.low_bit import FEW_ROWS, GROUP, Fp8, Int4, LowBitLinear, LowBitLinears, low_bit_linears, quantise
 from folo_hf.native import check_quantised, weight_bytes
-from folo_hf.passes import FusedPart, SharedProduct
+from folo_hf.passes import FusedPart, FuseLinears, SharedProduct
+from folo_hf.probe import probe
 from folo_hf.tinygemm import find_order, tile_depth, unpack_codes
 
 FORMATS = ["fp8", "int4"]
@@ -295,3 +299,25 @@ def test_a_loaded_model_decodes_with_rounded_weights(name, quantization, tmp_pat
     _, (logits,) = PagedDecoder(model).run([PROMPT], 1)
     assert (logits[0].float() - wanted).norm() <= 0.1 * wanted.norm()
     assert model.info.quantization == quantization
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton was imported for a CUDA device")
+@pytest.mark.parametrize(("quantization", "name"), [("fp8", "qwen3"), ("int4", "llama-tied")])
+def test_fused_kernels_take_rounded_layers(quantization, name, tmp_path, caplog):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from folo_hf.device_decoder import device_decoder
+
+    config = ARCHITECTURES[name]()
+    config.intermediate_size = 64
+    bridge = AttentionBridge()
+    folder = save_model(tmp_path, config)
+    options = {"dtype": torch.float32, "attn_implementation": bridge.name}
+    module = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    FuseLinears().run(module)
+    LowBitLinears(quantization, (9, 0)).run(module)
+    with caplog.at_level("INFO"):
+        decoder = device_decoder(module, bridge, probe(module, bridge), 64)
+    assert decoder is not None, caplog.text
+    assert decoder.is_rounded
+    assert decoder.thin_rows == 0
+    bridge.release()

@@ -46,6 +46,9 @@ logger = logging.getLogger(__name__)
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}
 """Largest accepted ratio of the difference's norm to the logits' norm. Parts were compared in float32 before."""
 
+ROUNDED_TOLERANCE = 0.2
+"""The same with rounded weights: where their products round rows too, a last bit more or less can be a sixteenth."""
+
 THIN_ROWS = 1
 """Rows up to which products are thin ones (see ``folo_kernels.gpu.layers.thin_matmul``): from two on they gain nothing
 on an H100, and lose from four on."""
@@ -101,8 +104,9 @@ class DeviceDecoder:
         self._rotary, self._max_positions = rotary, max_positions
         self._adds_plainly = all(layer.adds_plainly for layer in layers)
         self._backend: DeviceBackend | None = None
-        self.thin_rows = THIN_ROWS
-        """Rows up to which products are thin ones; 0 for none."""
+        self.is_rounded = ends.head.low_bit is not None or any(layer.is_rounded for layer in layers)
+        self.thin_rows = 0 if self.is_rounded else THIN_ROWS
+        """Rows up to which products are thin ones; 0 for none: rounded weights have products of their own."""
         device = ends.embedding.device
         self.pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= PDL_CAPABILITY
         """Launch each kernel of a thin step while its predecessor still runs; larger steps gain nothing by it."""
@@ -208,6 +212,9 @@ class DeviceDecoder:
 
     def _product(self, x: torch.Tensor, linear: Linear) -> torch.Tensor:
         """``x W^T + bias``, ``[rows, inputs] -> [rows, outputs]``."""
+        if linear.low_bit is not None:
+            product = linear.low_bit(x)
+            return product if linear.bias is None else product + linear.bias
         if len(x) <= self.thin_rows:
             return self._kernels.thin_matmul(x, linear.weight, bias=linear.bias, pdl=self.pdl)
         return functional.linear(x, linear.weight, linear.bias)
@@ -251,6 +258,8 @@ def _try(
 ) -> float:
     """Compare logits, in the order opposite to the tokens', with the layers' own; return the error."""
     tolerance = TOLERANCE.get(model.dtype)
+    if decoder.is_rounded and tolerance is not None:
+        tolerance = max(tolerance, ROUNDED_TOLERANCE)
     if tolerance is None:
         raise NotRecognisedError(f"{model.dtype} is no dtype of the kernels")
     expected = layers_logits(model, bridge)

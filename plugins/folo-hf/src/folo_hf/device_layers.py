@@ -8,6 +8,7 @@ import attrs
 import torch
 from torch.nn import functional
 
+from folo_hf.low_bit import LowBitLinear
 from folo_hf.passes import plain, shared_linear
 from folo_hf.probe import tokens
 from folo_hf.stack import NotRecognisedError, activation_of, norm_factor, noted, optional_factor
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from folo_core.attention.interface import KVCacheSpec
     from folo_hf.attention import AttentionCall
+    from folo_hf.low_bit import LowBit
     from folo_kernels.gpu.layers import Activation
 
 ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -41,7 +43,15 @@ class Linear:
     """A linear layer's weight ``[outputs, inputs]``, contiguous, and bias ``[outputs]``: the module's own tensors."""
 
     weight: torch.Tensor
+    """Of no elements where the weight is rounded."""
     bias: torch.Tensor | None
+    low_bit: LowBit | None = None
+    """The rounded weight (``folo_hf.low_bit``)."""
+
+    @property
+    def outputs(self) -> int:
+        """How many there are."""
+        return self.weight.shape[0] if self.low_bit is None else self.low_bit.out_features
 
 
 @attrs.frozen(slots=True, kw_only=True, eq=False)
@@ -74,6 +84,11 @@ class DeviceLayer:
     """On what attention adds."""
     output_norm: torch.Tensor | None
     """On what the feed-forward adds."""
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether any of its weights is."""
+        return any(each.low_bit is not None for each in (self.qkv, self.out, self.gate_up, self.down))
 
     @property
     def adds_plainly(self) -> bool:
@@ -115,7 +130,7 @@ def read_layer(layer: Any, call: AttentionCall, spec: KVCacheSpec) -> DeviceLaye
         gate_up=_joined(mlp, ("gate_proj", "up_proj"), "gate_up_proj"),
         down=_linear(mlp.down_proj),
         activation=_activation(mlp),
-        heads=qkv.weight.shape[0] // spec.head_size - 2 * spec.num_kv_heads,
+        heads=qkv.outputs // spec.head_size - 2 * spec.num_kv_heads,
         size=spec.head_size,
         epsilon=epsilon,
         call=call,
@@ -156,6 +171,8 @@ def _joined(parent: nn.Module, names: Sequence[str], whole: str) -> Linear:
 
 
 def _linear(module: nn.Module | None) -> Linear:
+    if isinstance(module, LowBitLinear):
+        return Linear(torch.empty(0), None if module.bias is None else module.bias.detach(), module.low_bit)
     found = None if module is None else plain(module)
     if found is None or not found[0].is_contiguous():
         raise NotRecognisedError(f"{type(module).__name__} is no plain linear layer")

@@ -64,7 +64,7 @@ class LowBit(Protocol):
         """``x @ weight.T``: ``[..., in] -> [..., out]``, in ``x``'s dtype."""
 
     def plain(self) -> torch.Tensor:
-        """The rounded weight ``[out, in]`` in the dtype it came in."""
+        """The rounded weight ``[out, in]``, in the dtype it came in or in bfloat16."""
 
 
 def quantise(weight: torch.Tensor, format: str) -> LowBit:  # noqa: A002 (what it is)
@@ -164,12 +164,12 @@ class Int4:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in] -> [..., out]``."""
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
         if x.is_cuda and len(rows) > FEW_ROWS:
-            return functional.linear(x, self.plain())
+            return functional.linear(rows, self.plain()).to(x.dtype).view(*x.shape[:-1], self.out_features)
         multiply = torch.ops.aten._weight_int4pack_mm if x.is_cuda else torch.ops.aten._weight_int4pack_mm_for_cpu  # noqa: SLF001
         product: torch.Tensor = multiply(rows.contiguous(), self.packed, GROUP, self.steps)
-        return product.view(*x.shape[:-1], self.out_features)
+        return product.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def plain(self) -> torch.Tensor:
         """The rounded weight ``[out, in]`` in bfloat16."""
@@ -268,6 +268,9 @@ class LowBitLinears:
                     replaced += 1
                 elif isinstance(child, FusedPart) and isinstance(child.shared.linear, nn.Linear):
                     replaced += self._round_shared(child.shared)
+        if torch.cuda.is_initialized():
+            # Old weights lie in pieces that nothing else may fit into: back to the device with them.
+            torch.cuda.empty_cache()
         return replaced
 
     def _takes_all(self, parent: nn.Module, names: Sequence[str]) -> bool:
