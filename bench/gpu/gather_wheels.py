@@ -47,6 +47,8 @@ class Target:
     python: str
     """Its Python, such as ``3.12``."""
     platforms: tuple[str, ...] = PLATFORMS
+    without: frozenset[str] = frozenset()
+    """Canonical names of what it can do without, whoever requires it."""
     installed: dict[str, Version | None] = attrs.field(factory=dict)
     """Versions of what it has, by canonical name; None where only the name is known, and any version counts."""
 
@@ -61,6 +63,8 @@ class Target:
         if requirement.marker is not None and not requirement.marker.evaluate(self.markers()):
             return False
         name = canonicalize_name(requirement.name)
+        if name in self.without:
+            return False
         if name not in self.installed:
             return True
         version = self.installed[name]
@@ -171,6 +175,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--python", default="3.12", metavar="X.Y", help="its Python (default 3.12)")
     add("--platform", action="append", metavar="TAG", help="a platform tag it takes; repeatable (default manylinux)")
     add("--also", action="append", default=[], type=Requirement, metavar="NAME", help="one more wheel; repeatable")
+    add("--without", action="append", default=[], metavar="NAME", help="leave out one that is required; repeatable")
     add("--tests", action="store_true", help="also what the tests need")
     add("--dry-run", action="store_true", help="print what would be run; without wheels there is less to see")
     return parser.parse_args(arguments)
@@ -182,7 +187,12 @@ def main(arguments: list[str] | None = None, run: Callable[[list[str]], None] | 
     chosen = run or (print_command if args.dry_run else check_call)
     args.folder.mkdir(parents=True, exist_ok=True)
     installed = read_installed(args.installed.read_text(encoding="utf-8")) if args.installed else {}
-    target = Target(python=args.python, installed=installed, platforms=tuple(args.platform or PLATFORMS))
+    target = Target(
+        python=args.python,
+        installed=installed,
+        without=frozenset(map(canonicalize_name, args.without)),
+        platforms=tuple(args.platform or PLATFORMS),
+    )
     build(args.folder, chosen)
     complete(args.folder, target, [*args.also, *(needs_of_tests() if args.tests else [])], chosen)
     print(report(args.folder))

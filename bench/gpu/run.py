@@ -23,6 +23,7 @@ import attrs
 import torch
 
 import anchors
+import attention_check
 import ceilings
 import gpu_workloads
 import greedy_check
@@ -113,8 +114,7 @@ class Report:
     lines: list[anchors.Line] = attrs.field(factory=list)
     samples: list[measure.Sample] = attrs.field(factory=list)
     agreements: dict[str, greedy_check.Agreement] = attrs.field(factory=dict)
-    attention: str | None = None
-    """Status and last lines of ``attention.py``."""
+    attention: list[attention_check.AttentionCheck] = attrs.field(factory=list)
     starts: dict[str, dict[str, startup.Start]] = attrs.field(factory=dict)
     profiled: str | None = None
     """Which workload's profile was taken."""
@@ -134,8 +134,13 @@ class Report:
                 f"(the widest by {found.widest:.1f} roundings), {found.equal_answers} of {found.answers} answers are "
                 f"those of generate: {'holds' if found.holds else 'DOES NOT HOLD'}"
             )
-        if self.attention is not None:
-            print(f"attention: {self.attention}")
+        for checked in self.attention:
+            window = "" if checked.window is None else f", a window of {checked.window}"
+            verdict = "holds" if checked.holds else "DOES NOT HOLD"
+            print(
+                f"attention {checked.backend!r}, heads of model {checked.model}{window}: off from float32 by "
+                f"{checked.error:.2g}: {verdict}"
+            )
         for model, times in self.starts.items():
             shown = ", ".join(
                 f"{w} {t.ready:.1f} s to ready, {t.first_token:.1f} s to a token" for w, t in times.items()
@@ -177,8 +182,6 @@ class Session:
         say(f"ceilings of {args.device}")
         report.rates = ceilings.measure(args.device, tiny=args.tiny)
         release()
-        if args.checks:
-            report.attention = check_attention(self.remaining())
         wanted = [w for w in gpu_workloads.workloads(self.sizes) if w.name in args.workloads and w.model in args.models]
         for name, shape in shapes.shapes(tiny=args.tiny).items():
             self.measure_model(shape, [workload for workload in wanted if workload.model == name])
@@ -189,6 +192,11 @@ class Session:
         """Run a model's workloads, those with the same engine options in one engine, and check its tokens."""
         if not wanted:
             return
+        if self.args.checks:
+            say(f"model {shape.name}: attention against float32")
+            options, tiny = dict(self.args.option), self.args.tiny
+            self.report.attention += attention_check.check(shape, self.args.device, options, tiny=tiny)
+            release()
         folder = shapes.write_empty_folder(shape, self.folder / shape.name)
         groups: dict[str, list[Workload]] = {}
         for workload in wanted:
@@ -281,22 +289,6 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def check_attention(limit: float) -> str | None:
-    """Run the comparison of attention kernels with float32, where there is one and a GPU to run it."""
-    script = Path(__file__).with_name("attention.py")
-    if not (script.is_file() and torch.cuda.is_available()):
-        return None
-    say("attention kernels against float32")
-    try:
-        done = subprocess.run(
-            [sys.executable, str(script)], capture_output=True, text=True, timeout=min(limit, 300), check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        return f"not finished in {error.timeout:.0f} s"
-    tail = "\n".join((done.stdout + done.stderr).splitlines()[-40:])
-    return f"status {done.returncode}\n{tail}"
-
-
 def _stop(*_signal: object) -> None:
     raise OutOfTimeError
 
@@ -321,7 +313,8 @@ def main(arguments: list[str] | None = None) -> int:
         report.show()
         if args.json is not None:
             report.write(args.json, args)
-    return 0 if all(found.holds for found in report.agreements.values()) else 1
+    verdicts = [found.holds for found in report.agreements.values()] + [each.holds for each in report.attention]
+    return 0 if all(verdicts) else 1
 
 
 if __name__ == "__main__":

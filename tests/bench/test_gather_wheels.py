@@ -76,6 +76,11 @@ def test_more_can_be_asked_for(tmp_path, pip):
     assert pip.downloaded() == ["extra-tool==1.0"]
 
 
+def test_what_a_requirement_requires_can_be_left_out(tmp_path, pip):
+    gather(tmp_path / "wheels", pip, "--without", "Deeper")
+    assert pip.downloaded() == ["needed>=2"]
+
+
 def test_each_download_is_for_the_other_machine(tmp_path, pip):
     gather(tmp_path / "wheels", pip, "--python", "3.13", "--platform", "linux_x86_64")
     command = next(command for command in pip.commands if "download" in command)

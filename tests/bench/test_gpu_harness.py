@@ -14,6 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import anchors  # noqa: E402
+import attention_check  # noqa: E402
 import ceilings  # noqa: E402
 import gpu_workloads  # noqa: E402
 import greedy_check  # noqa: E402 (torch may be missing)
@@ -203,6 +204,34 @@ def test_a_token_far_below_the_likeliest_does_not_hold(tiny_folder):
     assert found.widest > greedy_check.TIE
 
 
+class Deaf:
+    """A backend that attends to nothing."""
+
+    wants_device_metadata = False
+
+    def allocate(self, specs, num_blocks, block_size, device):
+        pass
+
+    def plan(self, metadata):
+        return None
+
+    def forward(self, layer, query, key, value, metadata, **options):
+        return torch.zeros_like(query)
+
+
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
+def test_attention_backends_are_compared_with_float32(attention):
+    found = attention_check.check(shapes.TINY_A, "cpu", {"attention": attention}, tiny=True)
+    assert [(each.window, each.holds) for each in found] == [(None, True), (8, True)]
+    assert {each.backend for each in found} <= {"native", "sdpa"}
+
+
+def test_a_backend_that_is_off_does_not_hold(monkeypatch):
+    part = SimpleNamespace(build=lambda config: Deaf())
+    monkeypatch.setattr(attention_check, "_chosen", lambda *_: ("deaf", None, part))
+    assert not any(each.holds for each in attention_check.check(shapes.TINY_B, "cpu", {}, tiny=True))
+
+
 def drawn(folder):
     from transformers import AutoConfig
 
@@ -230,6 +259,7 @@ def test_tiny_models_run_through_all_workloads_and_checks(harness, tmp_path, cap
     assert set(keys) == set(anchors.ANCHORS)
     assert {line["rounds"] for line in keys.values()} == {2}
     assert all(key in shown for key in keys)
+    assert [check["holds"] for check in found["attention"]] == [True] * 4
     for model in "AB":
         assert found["agreements"][model]["same"] + found["agreements"][model]["ties"] == 24
     assert found["options"] == {"max_num_batched_tokens": 512}
