@@ -62,7 +62,8 @@ def shared(session: nox.Session, *command: str, env: dict[str, str] | None = Non
         if not SHARED.is_dir():
             session.run(sys.executable, "-m", "venv", str(SHARED), external=True)
         install = ("python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
-        shared(session, *install, "pip>=25", *group("build"), *group("tests"), *group("types"))
+        tools = [*group("build"), *group("tests"), *group("types")]
+        shared(session, *install, "-c", "constraints.txt", "pip>=25", *tools)
         folders = [*(f"plugins/{name}" for name in PLUGINS), *third_party_folders()]
         editable = [part for folder in folders for part in ("-e", folder)]
         # Core and its preinstalled plugins need each other, so they are named in one command.
