@@ -1,4 +1,4 @@
-"""On a CUDA device: steps that run ahead of the host, steps that are recorded, and a host that waits for nothing else."""
+"""On a CUDA device: steps that run ahead of the host, steps that are recorded, and a host that waits for little."""
 
 from __future__ import annotations
 
