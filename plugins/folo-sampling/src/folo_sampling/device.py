@@ -309,10 +309,16 @@ def _weigh(
     row, chunk = tl.program_id(0), tl.program_id(1)
     temperature = tl.load(temperatures + row)
     if temperature > 0.0:
-        peak = _peak_of(maxima, row, chunks, CHUNKS)
-        x = _chunk_of(logits, row, stride, chunk, vocab, CHUNK)
-        masses = _kept_masses(x, row, cuts, peak, temperature, min_ps, FILTERED, SHIFT, UNIT)
-        tl.store(weights + row * chunks + chunk, tl.sum(masses))
+        weight = tl.full([], 0, tl.int64)
+        reaches = tl.full([], 1, tl.int32)
+        if FILTERED:  # a chunk whose largest logit is cut need not be read
+            largest = _keys(_clean(tl.load(maxima + row * chunks + chunk)), SHIFT)
+            reaches = (largest >= tl.load(cuts + row).to(tl.uint32)).to(tl.int32)
+        if reaches > 0:
+            peak = _peak_of(maxima, row, chunks, CHUNKS)
+            x = _chunk_of(logits, row, stride, chunk, vocab, CHUNK)
+            weight = tl.sum(_kept_masses(x, row, cuts, peak, temperature, min_ps, FILTERED, SHIFT, UNIT))
+        tl.store(weights + row * chunks + chunk, weight)
 
 
 @triton.jit
