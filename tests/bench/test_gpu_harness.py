@@ -239,10 +239,22 @@ def drawn(folder):
 
 
 def test_distances_count_roundings_of_the_largest_logit():
-    logits = torch.tensor([[[4.0, 4.0 - 0.03125 * 3, -1.0]] * 3], dtype=torch.bfloat16)
-    module = lambda **_: SimpleNamespace(logits=logits)  # noqa: E731
-    module.device = "cpu"
-    assert greedy_check._distances(module, [0], [1, 0]).tolist() == [3.0, 0.0]
+    class TwoWays:
+        """Its second way to attend is off by two roundings in one logit."""
+
+        device, dtype = torch.device("cpu"), torch.bfloat16
+        off = 0.0
+
+        def __call__(self, **_):
+            row = [4.0, 4.0 - 0.03125 * 3, -1.0 + self.off]
+            return SimpleNamespace(logits=torch.tensor([[row] * 3], dtype=torch.bfloat16))
+
+        def set_attn_implementation(self, name):
+            self.off = 0.0625 * (name == "eager")
+
+    distances, noise = greedy_check._distances(TwoWays(), [0], [1, 0])
+    assert distances.tolist() == [3.0, 0.0]
+    assert noise == 2.0
 
 
 # --- the whole ------------------------------------------------------------------------------------------------------
