@@ -132,7 +132,8 @@ class Report:
             print(
                 f"greedy, model {model}: {found.same} of {found.tokens} tokens are the likeliest, {found.ties} tie "
                 f"(the widest by {found.widest:.1f} roundings; transformers' own ways to attend differ by "
-                f"{found.noise:.1f}), {found.equal_answers} of {found.answers} answers are those of generate: {'holds' if found.holds else 'DOES NOT HOLD'}"
+                f"{found.noise:.1f}), {found.equal_answers} of {found.answers} answers are those of generate: "
+                f"{'holds' if found.holds else 'DOES NOT HOLD'}"
             )
         for checked in self.attention:
             window = "" if checked.window is None else f", a window of {checked.window}"
