@@ -155,6 +155,7 @@ class Run:
         plan, got = self.attend()
         atol = 2e-5 if self.dtype == torch.float32 and got.is_cuda else TOLERANCE[self.dtype]
         torch.testing.assert_close(got.double(), self.wanted(), rtol=0, atol=atol)
+        assert not self.attention._counters[-1].any(), "the next layer counts from zero"
         return plan
 
 
@@ -251,9 +252,46 @@ def test_a_captured_step_launches_the_same_whatever_its_rows_hold(device, dtype,
     for past in (0, 40 * times, 90 * times):
         case = Case(sequences=[(1, past), (1, past // 2), (1, -1)], shared=[0, 2, 0], captured=True)
         plan = Run(case, dtype, device).check()
-        launches.add((plan.item_programs, plan.has_shared, plan.has_merge, plan.num_slots))
+        launches.add((plan.item_programs, plan.has_shared, plan.num_slots))
         assert len(plan.work.items) <= plan.item_programs
     assert len(launches) == 1
+
+
+@on_devices
+def test_rows_are_merged_by_whoever_ends_last_and_again_in_the_next_layer(device, dtype, times):
+    """Each row's partial results and those of what it shares are counted together, and the counters begin at zero."""
+    rows = [(1, 64 * times + extra) for extra in (70, 90, 0, 300)]
+    case = Case(sequences=[*rows, (1, -1), (1, 40)], shared=[0, *[100 * times] * 3], extra=30, captured=True)
+    run = Run(case, dtype, device)
+    for _ in range(3):
+        plan = run.check()
+        run.query = torch.randn_like(run.query)
+    merged = plan.work.rows[plan.work.rows[:, 3] >= 0]
+    assert (merged[:4, 3] > 0).all()
+    assert (merged[:4, 6] > 0).all()
+    assert plan.work.rows[4, 3] == -1
+
+
+@on_devices
+def test_rows_that_own_nothing_are_merged_by_their_chunk(device, dtype, times):
+    case = Case(sequences=[(1, 64 * times - 1)] * 3, shared=[0, 100 * times, 100 * times], extra=30)
+    run = Run(case, dtype, device)
+    run.tables[1:] = run.tables[0]
+    rows = run.check().work.rows
+    assert (rows[:, 3] == 0).all()
+    assert (rows[:, 6] > 1).all()
+
+
+@on_devices
+def test_steps_of_other_rows_count_apart(device, dtype, times):
+    """A larger step than there was room for, and then a smaller one."""
+    run = Run(Case(sequences=[(1, 70 * times)], extra=30), dtype, device)
+    large = Run(Case(sequences=[(1, 70 * times), (1, 40)], extra=30), dtype, device)
+    large.attention, large.blocks = run.attention, run.blocks
+    large.tables[:] = run.tables[0]
+    for each in (run, large, run):
+        each.check()
+    assert [len(counters) for counters in run.attention._counters] == [2, 4]
 
 
 @on_devices
@@ -311,8 +349,8 @@ def test_new_keys_and_values_go_to_their_slots_and_nowhere_else(device, dtype, t
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")
 def test_a_captured_graph_serves_other_steps_of_its_rows():
-    lengths = [(700, 30, 5, -1), (3, 1200, 900, 64), (64, 64, 64, 64)]
-    run = Run(Case(sequences=[(1, 1500)] * 4, captured=True), torch.bfloat16, "cuda")
+    lengths = [(700, 30, 5, -1), (3, 1200, 900, 64), (64, 64, 64, 64), (1400, 1300, 1499, 1200)]
+    run = Run(Case(sequences=[(1, 1500)] * 4, shared=[0, 50, 0, 50], captured=True), torch.bfloat16, "cuda")
     out = torch.empty_like(run.query)
     plan, _ = run.attend(out=out)
     torch.cuda.synchronize()
@@ -325,6 +363,10 @@ def test_a_captured_graph_serves_other_steps_of_its_rows():
         out.fill_(math.nan)
         graph.replay()
         torch.testing.assert_close(out.double(), run.wanted(), rtol=0, atol=TOLERANCE[torch.bfloat16])
+        assert not run.attention._counters[-1].any()
+        first = out.clone()
+        graph.replay()
+        assert torch.equal(out, first), "parts are added in one order, whichever ends last"
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0)])

@@ -67,13 +67,13 @@ def test_each_row_merges_its_own_items_from_slots_that_no_other_has(step):
         for member in range(rows):
             parts.setdefault(first + member, set()).add(slot + member if slot >= 0 else -1)
     taken: set[int] = set()
-    for row, (_, length, own, own_n, shared, stride, shared_n, new) in enumerate(work.rows.tolist()):
+    for row, (_, _, own, own_n, shared, stride, shared_n, new) in enumerate(work.rows.tolist()):
         found = parts.get(row, set())
         if own_n < 0:
             assert found == ({-1} if new == 1 else set())
             continue
         assert found == set(range(own, own + own_n)) | set(range(shared, shared + shared_n * stride, max(1, stride)))
-        assert found or length == 0, "an empty row is merged from nothing, which is zero"
+        assert found, "whoever counts the last of none would never come"
         assert not found & taken
         taken |= found
     assert all(slot < work.num_slots for slot in taken)
@@ -112,7 +112,13 @@ def test_one_short_row_is_one_item_that_writes_the_output():
     lens = np.array([200], np.int32)
     work = cut(np.array([0, 1], np.int32), lens, tables_of(lens, [0]), SIZE, Tuning(kv_heads=8, group=2))
     assert work.items.tolist() == [[0, 1, 0, 200, -1, 0, 0, 0]]
-    assert not work.has_merge
+
+
+def test_a_padding_row_is_an_item_of_no_tokens_that_writes_zeros():
+    lens = np.array([0, 40, 0], np.int32)
+    work = cut(np.arange(4, dtype=np.int32), lens, tables_of(lens, [0] * 3), SIZE, Tuning(kv_heads=8, group=2))
+    assert work.items[1:].tolist() == [[0, 1, 0, 0, -1, 0, 0, 0], [2, 1, 0, 0, -1, 0, 0, 0]]
+    assert work.rows[:, 3].tolist() == [-1, -1, -1]
 
 
 @given(st.lists(st.integers(0, 5), max_size=9))

@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     Int32s = NDArray[np.int32]
 
 LOG2_E = math.log2(math.e)
-MERGED_AT_ONCE = 8
-"""Partial results that a merging program reads at a time."""
-
 
 @attrs.frozen(slots=True, kw_only=True)
 class DecodeConfig:
@@ -38,6 +35,8 @@ class DecodeConfig:
     """Tokens per step of its loop over the keys that several rows share."""
     num_warps: int
     num_stages: int
+    merged_at_once: int = 32
+    """Partial results, one of each query head, that whoever merges them reads at a time."""
 
 
 @attrs.frozen(slots=True, kw_only=True)
@@ -109,6 +108,8 @@ class Partials:
     """float32 ``[slots * heads * value_size]``."""
     tops: torch.Tensor
     """float32 ``[slots * heads]``: log2 of the sum of powers of two of a result's scores."""
+    counters: torch.Tensor
+    """int32 ``[rows * kv_heads]``: how many of a row's partial results are there; zero before and after a layer."""
 
 
 @attrs.frozen(slots=True, kw_only=True)
@@ -149,26 +150,30 @@ def tile(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def decode(operands: Operands, plan: StagedPlan, partials: Partials, scoring: Scoring, config: DecodeConfig) -> None:
-    """Attend for the rows with one new token, and merge where rows were cut into several items."""
+def decode(  # noqa: PLR0913 (a layer's whole call)
+    operands: Operands,
+    plan: StagedPlan,
+    partials: Partials,
+    scoring: Scoring,
+    config: DecodeConfig,
+    *,
+    pdl: bool = False,
+) -> None:
+    """Attend for the rows with one new token. Where a row was cut into several items, the last one merges them."""
     sizes = operands.sizes()
     kv_heads, group = operands.keys.shape[1], int(sizes["GROUP"])
-    if plan.item_programs:
-        kernels.decode_kernel[kv_heads, plan.item_programs](
-            operands.query, operands.keys, operands.values, operands.out, partials.values, partials.tops,
-            plan.part("header"), plan.part("items"), plan.part("rows"), plan.part("tables"),
-            *operands.strides(), *scoring.arguments(),
-            ROW_TILE=tile(group), SHARED_TILE=tile(plan.tuning.rows_per_chunk * group), HAS_SHARED=plan.has_shared,
-            BLOCK_N=config.block_n, SHARED_BLOCK_N=config.shared_block_n,
-            SOFTCAP=scoring.softcap is not None, WINDOW=scoring.window is not None,
-            num_warps=config.num_warps, num_stages=config.num_stages, **sizes,
-        )  # fmt: skip
-    if plan.has_merge:
-        heads, value_size = operands.out.shape[1:]
-        kernels.merge_kernel[heads, plan.num_rows](
-            operands.out, partials.values, partials.tops, plan.part("rows"), operands.out.stride(0),
-            HEADS=heads, VALUE_SIZE=value_size, VALUE_TILE=tile(value_size), PARTS=MERGED_AT_ONCE, num_warps=2,
-        )  # fmt: skip
+    group_tile = 1 << (group - 1).bit_length()
+    kernels.decode_kernel[kv_heads, plan.item_programs](
+        operands.query, operands.keys, operands.values, operands.out,
+        partials.values, partials.tops, partials.counters,
+        plan.part("header"), plan.part("items"), plan.part("rows"), plan.part("tables"),
+        *operands.strides(), *scoring.arguments(),
+        ROW_TILE=tile(group), SHARED_TILE=tile(plan.tuning.rows_per_chunk * group), HAS_SHARED=plan.has_shared,
+        BLOCK_N=config.block_n, SHARED_BLOCK_N=config.shared_block_n,
+        GROUP_TILE=group_tile, PARTS=max(1, config.merged_at_once // group_tile),
+        SOFTCAP=scoring.softcap is not None, WINDOW=scoring.window is not None, PDL=pdl,
+        num_warps=config.num_warps, num_stages=config.num_stages, **({"launch_pdl": True} if pdl else {}), **sizes,
+    )  # fmt: skip
 
 
 def prefill(operands: Operands, plan: StagedPlan, scoring: Scoring, config: PrefillConfig) -> None:
@@ -232,13 +237,19 @@ class PagedAttention:
         """
         self.blocks = blocks
         self._configs = configs
+        self._kv_heads = max(shape.kv_heads for shape in blocks.shapes)
         tuning = tuning or self._tuning()
         self.stager = Stager(blocks.block_size, blocks.device, max_rows=max_rows, max_width=max_width, tuning=tuning)
         self._max_rows = max_rows
         self._partials: list[Partials] = []
+        # Made before any graph is captured, in which zeros would be written by replays alone.
+        self._counters = [self._zeros(max_rows)]
 
     def plan(self, query_start: Int32s, seq_lens: Int32s, tables: Int32s, *, is_captured: bool = False) -> StagedPlan:
         """Decide a step's work and put it on the device (arguments as for ``plan.cut``)."""
+        if len(seq_lens) * self._kv_heads > self._counters[-1].numel():
+            # A captured graph may still count in the older, fewer ones.
+            self._counters.append(self._zeros(len(seq_lens)))
         return self.stager.plan(query_start, seq_lens, tables, is_captured=is_captured)
 
     def configs(self, layer: int) -> Configs:
@@ -259,16 +270,23 @@ class PagedAttention:
         plan: StagedPlan,
         scoring: Scoring,
         out: torch.Tensor | None = None,
+        *,
+        pdl: bool = False,
     ) -> torch.Tensor:
-        """Attend causally: ``[tokens, heads, key_size] -> [tokens, heads, value_size]``, over what was written."""
+        """Attend causally: ``[tokens, heads, key_size] -> [tokens, heads, value_size]``, over what was written.
+
+        With ``pdl``, decoding starts while the kernel before it still runs, and waits for that before it reads
+        queries, keys and values (programmatic dependent launch, from compute capability 9.0 on).
+        """
         keys, values = self.blocks.keys[layer], self.blocks.values[layer]
         if out is None:
             out = query.new_empty(*query.shape[:2], values.shape[3])
         operands = Operands(query=_unit(query), keys=keys, values=values, out=out)
         self._ready(plan, query.shape[1] // keys.shape[1])
         configs = self.configs(layer)
-        if plan.work.has_decode or plan.has_merge:
-            decode(operands, plan, self._room(plan.num_slots, *out.shape[1:]), scoring, configs.decode)
+        if plan.item_programs:
+            partials = self._room(plan.num_slots, *out.shape[1:])
+            decode(operands, plan, partials, scoring, configs.decode, pdl=pdl)
         prefill(operands, plan, scoring, configs.prefill)
         return out
 
@@ -284,9 +302,13 @@ class PagedAttention:
         slots = max(slots, self.stager.tuning.slot_room(self._max_rows))
         found = self._partials[-1] if self._partials else None
         if found is None or found.tops.numel() < slots * heads or found.values.numel() < slots * heads * value_size:
-            found = _partials(slots * heads, value_size, self.blocks.device)
+            found = _partials(slots * heads, value_size, self._counters[-1])
             self._partials.append(found)
-        return found
+        return attrs.evolve(found, counters=self._counters[-1])
+
+    def _zeros(self, rows: int) -> torch.Tensor:
+        """Counters of so many rows."""
+        return torch.zeros(rows * self._kv_heads, dtype=torch.int32, device=self.blocks.device)
 
     def _capability(self) -> tuple[int, int]:
         if self.blocks.device.type != "cuda":
@@ -295,10 +317,9 @@ class PagedAttention:
 
     def _tuning(self) -> Tuning:
         """Cut steps for this device and the model's KV heads; the query heads are known once a layer attends."""
-        kv_heads = max(shape.kv_heads for shape in self.blocks.shapes)
         configs = [self.configs(layer) for layer in range(len(self.blocks.shapes))]
         tuning = Tuning(
-            kv_heads=kv_heads,
+            kv_heads=self._kv_heads,
             group=1,
             query_rows=min(found.prefill.block_m for found in configs),
             shared_rows=min(found.decode.shared_rows for found in configs),
@@ -309,9 +330,11 @@ class PagedAttention:
         return attrs.evolve(tuning, processors=processors)
 
 
-def _partials(results: int, value_size: int, device: torch.device) -> Partials:
-    values = torch.empty(results * value_size, dtype=torch.float32, device=device)
-    return Partials(values=values, tops=torch.empty(results, dtype=torch.float32, device=device))
+def _partials(results: int, value_size: int, counters: torch.Tensor) -> Partials:
+    values, tops = (
+        torch.empty(count, dtype=torch.float32, device=counters.device) for count in (results * value_size, results)
+    )
+    return Partials(values=values, tops=tops, counters=counters)
 
 
 def _unit(tensor: torch.Tensor) -> torch.Tensor:

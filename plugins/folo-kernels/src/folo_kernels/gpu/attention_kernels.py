@@ -3,12 +3,17 @@
 Keys and values of a layer lie in ``[num_blocks, kv_heads, block_size, size]``. Query heads that share a KV head are
 rows of one tile, so that keys are read once for all of them. Scores are kept in units of log2, because the device
 has an instruction for powers of two. Sizes in capitals are known when a kernel is compiled.
+
+Where a row's keys were cut into several items, the program that ends last merges their partial results: it is the one
+that counts the last of them. With PDL, a kernel is launched while its predecessor still runs, and waits for it before
+it reads what that writes; until then it reads the step's plan, which lay there before the step began.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 FIELDS = tl.constexpr(8)
 """int32 numbers of an item and of a row (see ``plan``)."""
@@ -70,7 +75,7 @@ def _attend_item(
     query_stride, query_head_stride, out_stride, factor, cap, v_scale, window,
     TILE_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr,
     KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, KEY_TILE: tl.constexpr, VALUE_TILE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The query heads of one KV head of ``count`` rows over the tokens ``begin:end`` that all of them see."""
     place = tl.arange(0, TILE_ROWS)
@@ -80,16 +85,18 @@ def _attend_item(
     row = rows + (first + member) * FIELDS
     token = tl.load(row, mask=real, other=0).to(tl.int64)
     length = tl.load(row + 1, mask=real, other=0)
+    if WINDOW:
+        begin = tl.maximum(begin, tl.min(tl.where(real, length, 2147483647), 0) - window)
+    offset = tl.arange(0, BLOCK_N)
+    blocks = _blocks(table, begin + offset, end, BLOCK_SIZE)
+    if PDL:
+        gdc_wait()
     feature = tl.arange(0, KEY_TILE)
     q_rows = query + token * query_stride + query_head * query_head_stride
     q = tl.load(q_rows[:, None] + feature[None, :], mask=real[:, None] & (feature < KEY_SIZE)[None, :], other=0.0)
-    if WINDOW:
-        begin = tl.maximum(begin, tl.min(tl.where(real, length, 2147483647), 0) - window)
     acc = tl.zeros([TILE_ROWS, VALUE_TILE], tl.float32)
     norm = tl.zeros([TILE_ROWS], tl.float32)
     top = tl.full([TILE_ROWS], NEVER, tl.float32)
-    offset = tl.arange(0, BLOCK_N)
-    blocks = _blocks(table, begin + offset, end, BLOCK_SIZE)
     for start in range(begin, end, BLOCK_N):
         position = start + offset
         seen = position < end
@@ -118,16 +125,19 @@ def _attend_item(
 
 @triton.jit
 def decode_kernel(
-    query, keys, values, out, partials, partial_tops, header, items, rows, tables,
+    query, keys, values, out, partials, partial_tops, counters, header, items, rows, tables,
     query_stride, query_head_stride, out_stride, factor, cap, v_scale, window,
     ROW_TILE: tl.constexpr, SHARED_TILE: tl.constexpr, HAS_SHARED: tl.constexpr, BLOCK_N: tl.constexpr,
-    SHARED_BLOCK_N: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, KEY_SIZE: tl.constexpr,
-    VALUE_SIZE: tl.constexpr, KEY_TILE: tl.constexpr, VALUE_TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    SHARED_BLOCK_N: tl.constexpr, GROUP_TILE: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
+    KEY_TILE: tl.constexpr, VALUE_TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program ``(head, i)``: item ``i`` of the step, one KV head. Programs beyond the step's items are idle."""
     head = tl.program_id(0)
     index = tl.program_id(1)
+    if PDL:
+        gdc_launch_dependents()
     if index >= tl.load(header):
         return
     item = items + index * FIELDS
@@ -143,66 +153,111 @@ def decode_kernel(
                 first, count, begin, end, slot, head, query, keys, values, out, partials, partial_tops, rows, table,
                 query_stride, query_head_stride, out_stride, factor, cap, v_scale, window,
                 SHARED_TILE, SHARED_BLOCK_N, GROUP, KV_HEADS, KEY_SIZE, VALUE_SIZE, KEY_TILE, VALUE_TILE, BLOCK_SIZE,
-                SOFTCAP, WINDOW, PRECISION,
+                SOFTCAP, WINDOW, PDL, PRECISION,
+            )  # fmt: skip
+            _count_chunk(
+                first, count, head, counters, rows, out, partials, partial_tops, out_stride,
+                SHARED_TILE, GROUP, GROUP_TILE, KV_HEADS, VALUE_SIZE, VALUE_TILE, PARTS,
             )  # fmt: skip
             return
     _attend_item(
         first, count, begin, end, slot, head, query, keys, values, out, partials, partial_tops, rows, table,
         query_stride, query_head_stride, out_stride, factor, cap, v_scale, window,
         ROW_TILE, BLOCK_N, GROUP, KV_HEADS, KEY_SIZE, VALUE_SIZE, KEY_TILE, VALUE_TILE, BLOCK_SIZE,
-        SOFTCAP, WINDOW, PRECISION,
+        SOFTCAP, WINDOW, PDL, PRECISION,
     )  # fmt: skip
+    if slot >= 0:
+        _count_row(
+            first, head, counters, rows, out, partials, partial_tops, out_stride,
+            GROUP, GROUP_TILE, KV_HEADS, VALUE_SIZE, VALUE_TILE, PARTS,
+        )  # fmt: skip
 
 
 @triton.jit
-def _merge_run(
-    acc, norm, top, partials, partial_tops, first, stride, count, head, feature,
-    HEADS: tl.constexpr, VALUE_SIZE: tl.constexpr, PARTS: tl.constexpr,
+def _count_row(
+    first, head, counters, rows, out, partials, partial_tops, out_stride,
+    GROUP: tl.constexpr, GROUP_TILE: tl.constexpr, KV_HEADS: tl.constexpr, VALUE_SIZE: tl.constexpr,
+    VALUE_TILE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Add ``count`` partial results, the slots of which are ``stride`` apart."""
-    for start in range(0, count, PARTS):
-        place = start + tl.arange(0, PARTS)
-        real = place < count
-        part = (first + place * stride).to(tl.int64) * HEADS + head
-        tops = tl.load(partial_tops + part, mask=real, other=NEVER)
-        # What an item that saw no key left behind is zero; what was never written is not read.
-        mask = real[:, None] & (feature < VALUE_SIZE)[None, :]
-        found = tl.load(partials + part[:, None] * VALUE_SIZE + feature[None, :], mask=mask, other=0.0)
+    """Count one of a row's partial results, and merge all of them if it is the last; the counter is zero again then."""
+    row = rows + first * FIELDS
+    total = tl.load(row + 3) + tl.load(row + 6)
+    counter = counters + first * KV_HEADS + head
+    # All warps must have stored their share before one of them counts it.
+    tl.debug_barrier()
+    if tl.atomic_add(counter, 1, sem="acq_rel") == total - 1:
+        _merge(
+            row, head, out, partials, partial_tops, out_stride,
+            GROUP, GROUP_TILE, KV_HEADS, VALUE_SIZE, VALUE_TILE, PARTS,
+        )  # fmt: skip
+        tl.store(counter, 0)
+
+
+@triton.jit
+def _count_chunk(
+    first, count, head, counters, rows, out, partials, partial_tops, out_stride,
+    MEMBERS: tl.constexpr, GROUP: tl.constexpr, GROUP_TILE: tl.constexpr, KV_HEADS: tl.constexpr,
+    VALUE_SIZE: tl.constexpr, VALUE_TILE: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """As :func:`_count_row`, for all rows of a chunk at once; most rows' own items are shorter, and end later."""
+    member = tl.arange(0, MEMBERS)
+    real = member < count
+    row = rows + (first + member) * FIELDS
+    total = tl.load(row + 3, mask=real, other=0) + tl.load(row + 6, mask=real, other=0)
+    counter = counters + (first + member) * KV_HEADS + head
+    tl.debug_barrier()
+    found = tl.atomic_add(counter, 1, mask=real, sem="acq_rel")
+    is_last = (real & (found == total - 1)).to(tl.int32)
+    # What a warp has counted must be known to all of them before one reads.
+    tl.debug_barrier()
+    if tl.max(is_last, 0) > 0:
+        for place in range(count):
+            if tl.sum(tl.where(member == place, is_last, 0), 0) > 0:
+                _merge(
+                    rows + (first + place) * FIELDS, head, out, partials, partial_tops, out_stride,
+                    GROUP, GROUP_TILE, KV_HEADS, VALUE_SIZE, VALUE_TILE, PARTS,
+                )  # fmt: skip
+        tl.store(counter, 0, mask=is_last > 0)
+
+
+@triton.jit
+def _merge(
+    row, head, out, partials, partial_tops, out_stride,
+    GROUP: tl.constexpr, GROUP_TILE: tl.constexpr, KV_HEADS: tl.constexpr, VALUE_SIZE: tl.constexpr,
+    VALUE_TILE: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """One row's output of a KV head's query heads. Parts are added in their tokens' order, whichever ended last."""
+    own = tl.load(row + 2)
+    shared = tl.load(row + 4)
+    stride = tl.load(row + 5)
+    num_shared = tl.load(row + 6)
+    total = num_shared + tl.load(row + 3)
+    place = tl.arange(0, GROUP_TILE)
+    query_head = head * GROUP + place
+    feature = tl.arange(0, VALUE_TILE)
+    exists = (place < GROUP)[:, None] & (feature < VALUE_SIZE)[None, :]
+    acc = tl.zeros([GROUP_TILE, VALUE_TILE], tl.float32)
+    norm = tl.zeros([GROUP_TILE], tl.float32)
+    top = tl.full([GROUP_TILE], NEVER, tl.float32)
+    for start in range(0, total, PARTS):
+        index = start + tl.arange(0, PARTS)
+        slot = tl.where(index < num_shared, shared + index * stride, own + index - num_shared)
+        part = slot.to(tl.int64)[:, None] * (KV_HEADS * GROUP) + query_head[None, :]
+        real = (index < total)[:, None] & (place < GROUP)[None, :]
+        # Other processors wrote them: what this one may have cached is passed over.
+        tops = tl.load(partial_tops + part, mask=real, other=NEVER, cache_modifier=".cg")
+        pointers = partials + part[:, :, None] * VALUE_SIZE + feature[None, None, :]
+        found = tl.load(pointers, mask=real[:, :, None] & exists[None, :, :], other=0.0, cache_modifier=".cg")
         new_top = tl.maximum(top, tl.max(tops, 0))
         base = tl.where(new_top == NEVER, 0.0, new_top)
-        weights = tl.exp2(tops - base)
+        weights = tl.exp2(tops - base[None, :])
         shrink = tl.exp2(top - base)
-        acc = acc * shrink + tl.sum(found * weights[:, None], 0)
+        acc = acc * shrink[:, None] + tl.sum(found * weights[:, :, None], 0)
         norm = norm * shrink + tl.sum(weights, 0)
         top = new_top
-    return acc, norm, top
-
-
-@triton.jit
-def merge_kernel(
-    out, partials, partial_tops, rows, out_stride,
-    HEADS: tl.constexpr, VALUE_SIZE: tl.constexpr, VALUE_TILE: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """Program ``(head, row)``: the output of one query head of one row from its items' partial results."""
-    head = tl.program_id(0)
-    row = rows + tl.program_id(1) * FIELDS
-    own = tl.load(row + 3)
-    if own < 0:
-        return
-    feature = tl.arange(0, VALUE_TILE)
-    acc = tl.zeros([VALUE_TILE], tl.float32)
-    norm = tl.full([], 0.0, tl.float32)
-    top = tl.full([], NEVER, tl.float32)
-    acc, norm, top = _merge_run(
-        acc, norm, top, partials, partial_tops, tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), head, feature,
-        HEADS, VALUE_SIZE, PARTS,
-    )  # fmt: skip
-    acc, norm, top = _merge_run(
-        acc, norm, top, partials, partial_tops, tl.load(row + 2), 1, own, head, feature, HEADS, VALUE_SIZE, PARTS
-    )
-    acc = acc / tl.where(norm == 0.0, 1.0, norm)
-    target = out + tl.load(row).to(tl.int64) * out_stride + head * VALUE_SIZE
-    tl.store(target + feature, acc.to(out.dtype.element_ty), mask=feature < VALUE_SIZE)
+    acc = acc / tl.where(norm == 0.0, 1.0, norm)[:, None]
+    target = out + tl.load(row).to(tl.int64) * out_stride + query_head[:, None] * VALUE_SIZE + feature[None, :]
+    tl.store(target, acc.to(out.dtype.element_ty), mask=exists)
 
 
 @triton.jit

@@ -1,9 +1,9 @@
 """The work of one step of attention, decided on the host with numpy.
 
 A sequence with one new token is a *decode row*. Its keys are cut into *items* of about equal length, which programs on
-the device take one at a time; where a row has several items, their partial results are merged. Adjacent decode rows
-whose block tables begin alike (forks of one prompt, hits of one cached prefix) form a group, whose common blocks are
-read once for a *chunk* of its rows. A sequence with several new tokens is cut into *tiles* of query tokens.
+the device take one at a time; where a row has several items, the last one to end merges all partial results. Adjacent
+decode rows whose block tables begin alike (forks of one prompt, hits of one cached prefix) form a group, whose common
+blocks are read once for a *chunk* of its rows. A sequence with several new tokens is cut into *tiles* of query tokens.
 
 All of it is int32, in arrays whose places on the device depend on the number of sequences alone: a graph that was
 captured for that number reads the plan of the step it is replayed for.
@@ -94,9 +94,6 @@ class StepWork:
     """Partial results of the step."""
     has_shared: bool
     """Some items have several rows."""
-    has_decode: bool
-    has_merge: bool
-    """Some rows are merged from several partial results, or are padding that must be zero."""
 
 
 def cut(query_start: Int32s, seq_lens: Int32s, tables: Int32s, block_size: int, tuning: Tuning) -> StepWork:
@@ -114,8 +111,8 @@ def cut(query_start: Int32s, seq_lens: Int32s, tables: Int32s, block_size: int, 
     rows[:, 0], rows[:, 1], rows[:, 7] = query_start[:-1], seq_lens, counts
     single = counts == 1
     decodes = np.flatnonzero(single & (seq_lens > 0))
-    rows[~single, 3] = -1
     items, num_slots, has_shared = _decode_items(rows, decodes, tables, block_size, tuning)
+    items = np.concatenate([items, _padding(np.flatnonzero(single & (seq_lens <= 0)))])
     tiles = _tiles(counts, seq_lens, tuning.tokens_per_tile)
     return StepWork(
         items=items,
@@ -123,8 +120,6 @@ def cut(query_start: Int32s, seq_lens: Int32s, tables: Int32s, block_size: int, 
         tiles=tiles,
         num_slots=num_slots,
         has_shared=has_shared,
-        has_decode=len(items) > 0,
-        has_merge=bool((rows[:, 3] >= 0).any()),
     )
 
 
@@ -143,6 +138,7 @@ def _decode_items(
         begins[sharing] = np.repeat(chunks[:, 2], chunks[:, 1])
         own[:, 2] = begins[decodes]
     items, splits, slots = _split(segments, tuning.extra_items(len(rows)), tuning.min_split)
+    rows[:, 3] = -1
     rows[decodes, 2], rows[decodes, 3] = slots[: len(decodes)], splits[: len(decodes)]
     if len(chunks):
         parts = np.stack([slots[len(decodes) :] - chunks[:, 0], chunks[:, 1], splits[len(decodes) :]], axis=1)
@@ -153,6 +149,13 @@ def _decode_items(
     items[direct[items[:, 0]] & (items[:, 1] == 1), 4] = -1
     order = np.argsort(items[:, 2] - items[:, 3], kind="stable")
     return items[order], int(splits @ segments[:, 1]), len(chunks) > 0
+
+
+def _padding(rows: Ints) -> Int32s:
+    """Items of rows that see no token: each writes zeros."""
+    items = np.zeros((len(rows), FIELDS), np.int32)
+    items[:, 0], items[:, 1], items[:, 4] = rows, 1, -1
+    return items
 
 
 def _members(chunks: Ints) -> Ints:

@@ -72,11 +72,6 @@ class StagedPlan:
         return self.work.has_shared or (self.is_captured and self.tuning.rows_per_chunk > 1)
 
     @property
-    def has_merge(self) -> bool:
-        """Launch what merges partial results."""
-        return self.work.has_merge or self.is_captured
-
-    @property
     def num_slots(self) -> int:
         """Partial results to have room for."""
         return self.tuning.slot_room(self.num_rows) if self.is_captured else self.work.num_slots
