@@ -126,7 +126,7 @@ class Fp8:
         product = torch._scaled_mm(  # noqa: SLF001 (torch has no other name for it)
             data, self.data.t(), scale, self.scale, out_dtype=x.dtype, use_fast_accum=x.is_cuda
         )
-        return product.view(*x.shape[:-1], self.out_features)
+        return product.reshape(*x.shape[:-1], self.out_features)
 
     def plain(self) -> torch.Tensor:
         """The rounded weight ``[out, in]``."""
@@ -155,7 +155,7 @@ class Int4:
         # Rounded with the numbers that will be computed with, so that their own rounding is made up for.
         codes = ((groups - middle.float()) / step.float() + 8).round_().clamp_(0, 15)
         steps = torch.cat([step, middle], -1).transpose(0, 1).contiguous()
-        return cls(_pack(codes.view(outputs, inputs).to(torch.int32)), steps, inputs, outputs)
+        return cls(_pack(codes.reshape(outputs, inputs).to(torch.int32)), steps, inputs, outputs)
 
     @property
     def nbytes(self) -> int:
@@ -166,10 +166,10 @@ class Int4:
         """``[..., in] -> [..., out]``."""
         rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
         if x.is_cuda and len(rows) > FEW_ROWS:
-            return functional.linear(rows, self.plain()).to(x.dtype).view(*x.shape[:-1], self.out_features)
+            return functional.linear(rows, self.plain()).to(x.dtype).reshape(*x.shape[:-1], self.out_features)
         multiply = torch.ops.aten._weight_int4pack_mm if x.is_cuda else torch.ops.aten._weight_int4pack_mm_for_cpu  # noqa: SLF001
         product: torch.Tensor = multiply(rows.contiguous(), self.packed, GROUP, self.steps)
-        return product.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return product.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
     def plain(self) -> torch.Tensor:
         """The rounded weight ``[out, in]`` in bfloat16."""
@@ -179,9 +179,10 @@ class Int4:
             # The layout on a CPU is that of the processor at hand: what it gives for unit rows tells the weight.
             unit = torch.eye(self.in_features, dtype=torch.bfloat16)
             return self(unit).t().contiguous()
-        step, middle = self.steps.transpose(0, 1).unbind(-1)
-        groups = codes.view(self.out_features, -1, GROUP).to(torch.bfloat16) - 8
-        return torch.addcmul(middle[..., None], groups, step[..., None]).view(self.out_features, self.in_features)
+        # Contiguous: torch would lay the sum out in the order of its first term.
+        step, middle = self.steps.transpose(0, 1).contiguous().unbind(-1)
+        groups = codes.reshape(self.out_features, -1, GROUP).to(torch.bfloat16) - 8
+        return torch.addcmul(middle[..., None], groups, step[..., None]).reshape(self.out_features, self.in_features)
 
 
 def _pack(codes: torch.Tensor) -> torch.Tensor:

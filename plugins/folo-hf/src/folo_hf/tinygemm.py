@@ -38,7 +38,7 @@ def unpack_codes(packed: torch.Tensor, outputs: int, inputs: int) -> torch.Tenso
     found = torch.empty((outputs, inputs), dtype=torch.uint8, device=packed.device)
     for first in range(0, outputs, CHUNK):
         tiles = packed[first // TILE_OUTPUTS : (first + CHUNK) // TILE_OUTPUTS]
-        codes = _codes(tiles)[..., order].view(len(tiles), -1, TILE_OUTPUTS, UNIT * depth)
+        codes = _codes(tiles)[..., order].reshape(len(tiles), -1, TILE_OUTPUTS, UNIT * depth)
         found[first : first + CHUNK] = codes.transpose(1, 2).reshape(-1, inputs)
     return found
 
