@@ -127,7 +127,7 @@ def test_a_line_takes_the_median_and_sets_it_beside_anchor_target_and_limit():
     assert line.figure == pytest.approx(133_966 / 6)
     assert (line.slowest, line.fastest) == (pytest.approx(133_966 / 7), pytest.approx(133_966 / 5))
     assert line.ahead == pytest.approx(133_966 / 6 / 18_407)
-    assert line.target == pytest.approx(1.25 * 18_407)
+    assert line.target == 22_000
     assert line.share == pytest.approx(line.figure / line.limit)
 
 
@@ -136,7 +136,7 @@ def test_a_request_alone_is_judged_by_milliseconds_where_fewer_are_better():
     line = anchors.line(FULL["W3 B"], shapes.B, samples, RATES, tiny=False)
     assert (line.unit, line.figure, line.first_token) == ("ms/token", pytest.approx(5.5), pytest.approx(10.0))
     assert line.ahead == pytest.approx(6.6 / 5.5)
-    assert line.target == pytest.approx(6.6 / 1.25)
+    assert line.target == 5.9
     assert 0.85 < line.share < 1
 
 
