@@ -6,6 +6,10 @@ On a machine without CUDA the kernels run in Triton's interpreter; with CUDA the
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import attrs
 import numpy as np
@@ -23,6 +27,7 @@ REASON = "with CUDA kernels are compiled" if HAS_CUDA else interpreter.enable()
 if not HAS_CUDA and REASON:
     pytest.skip(REASON, allow_module_level=True)
 
+from folo_kernels.gpu import attention_kernels as kernels  # noqa: E402
 from folo_kernels.gpu.attention import (  # noqa: E402 (Triton reads how to run kernels when it is imported)
     Configs,
     DecodeConfig,
@@ -97,7 +102,8 @@ class Run:
             prefill=PrefillConfig(block_m=16, block_n=16, num_warps=4, num_stages=3),
         )
         tuning = Tuning(
-            kv_heads=case.kv_heads, group=1, min_split=case.min_split, processors=processors, waves=1,
+            kv_heads=case.kv_heads, group=1, min_split=case.min_split, few_split=case.min_split, processors=processors,
+            few_programs=4, waves=1,
             min_shared=2 * case.block_size, shared_rows=configs.decode.shared_rows, query_rows=configs.prefill.block_m,
         )  # fmt: skip
         width = self.tables.shape[1]
@@ -369,6 +375,45 @@ def test_a_captured_graph_serves_other_steps_of_its_rows():
         assert torch.equal(out, first), "parts are added in one order, whichever ends last"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")
+@pytest.mark.parametrize("past", [100, 1499])
+def test_steps_that_overlap_read_what_the_one_before_wrote(past):
+    """Each step's queries are the output of the one before, which still runs when it is launched."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    run = Run(Case(sequences=[(1, past)], kv_heads=8, captured=True), torch.bfloat16, "cuda")
+    plan, _ = run.attend()
+
+    def chain(*, pdl):
+        query = run.query
+        for _ in range(40):
+            query = run.attention.attend(1, query, plan, run.scoring(), pdl=pdl)
+        return query
+
+    wanted = chain(pdl=False)
+    chain(pdl=True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = chain(pdl=True)
+    for _ in range(5):
+        found.fill_(math.nan)
+        graph.replay()
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_a_device_that_is_not_here(tmp_path):
+    """The interpreter runs what the compiler refuses."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("TRITON_INTERPRET", None)
+    script = Path(__file__).parent / "compile_attention.py"
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) == {name for name in vars(kernels) if name.endswith("_kernel")}
+
+
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0)])
 @pytest.mark.parametrize("head_size", [64, 80, 128, 192, 256])
 def test_configurations_fit_shared_memory(capability, head_size):
@@ -379,3 +424,7 @@ def test_configurations_fit_shared_memory(capability, head_size):
         room = 99 * 1024 if capability[0] == 8 else 227 * 1024
         assert (configs.prefill.block_m + 4 * configs.prefill.block_n) * row <= room
         assert (configs.decode.shared_rows + 4 * configs.decode.shared_block_n) * row <= room
+        for rows in (1, 16, 17):
+            config = configs.decoding(rows)
+            assert 2 * (config.num_stages - 1) * config.block_n * row <= room
+            assert config.shared_rows == configs.decode.shared_rows

@@ -109,9 +109,17 @@ def test_items_of_a_full_step_are_of_one_length_and_fill_the_device():
 
 
 def test_one_short_row_is_one_item_that_writes_the_output():
-    lens = np.array([200], np.int32)
+    lens = np.array([128], np.int32)
     work = cut(np.array([0, 1], np.int32), lens, tables_of(lens, [0]), SIZE, Tuning(kv_heads=8, group=2))
-    assert work.items.tolist() == [[0, 1, 0, 200, -1, 0, 0, 0]]
+    assert work.items.tolist() == [[0, 1, 0, 128, -1, 0, 0, 0]]
+
+
+def test_few_rows_are_cut_finer_than_many():
+    for rows, split in ((1, 128), (16, 128), (17, 256)):
+        lens = np.full(rows, 512, np.int32)
+        query_start = np.arange(rows + 1, dtype=np.int32)
+        work = cut(query_start, lens, tables_of(lens, [0] * rows), SIZE, Tuning(kv_heads=8, group=2))
+        assert set(work.items[:, 3] - work.items[:, 2]) == {split}
 
 
 def test_a_padding_row_is_an_item_of_no_tokens_that_writes_zeros():
@@ -119,6 +127,19 @@ def test_a_padding_row_is_an_item_of_no_tokens_that_writes_zeros():
     work = cut(np.arange(4, dtype=np.int32), lens, tables_of(lens, [0] * 3), SIZE, Tuning(kv_heads=8, group=2))
     assert work.items[1:].tolist() == [[0, 1, 0, 0, -1, 0, 0, 0], [2, 1, 0, 0, -1, 0, 0, 0]]
     assert work.rows[:, 3].tolist() == [-1, -1, -1]
+
+
+def test_a_plan_in_memory_of_its_own_is_put_there_once():
+    stager = Stager(SIZE, torch.device("cpu"), max_rows=1, max_width=1, tuning=Tuning(kv_heads=1, group=1))
+    small = stager.plan(np.array([0, 1], np.int32), np.array([5], np.int32), np.ones((1, 1), np.int32))
+    large = stager.plan(np.array([0, 1], np.int32), np.array([1000], np.int32), np.ones((1, 63), np.int32))
+    place, turn = large.device.data_ptr(), stager._turn
+    for plan in (small, large):
+        stager.put(plan)
+    assert (large.device.data_ptr(), stager._turn) == (place, turn)
+    stager.regroup(large, 2)
+    assert stager._turn != turn
+    assert large.part("header")[1] == 63
 
 
 @given(st.lists(st.integers(0, 5), max_size=9))

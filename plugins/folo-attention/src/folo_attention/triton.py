@@ -95,6 +95,7 @@ class TritonBackend:
         sliding_window: int | None = None,
         softcap: float | None = None,
         out: torch.Tensor | None = None,
+        pdl: bool = False,
     ) -> torch.Tensor:
         """Attend causally over blocks that hold the step's new keys and values already.
 
@@ -106,12 +107,13 @@ class TritonBackend:
             sliding_window: as for :meth:`forward`.
             softcap: as for :meth:`forward`.
             out: where the result goes, ``[num_tokens, num_heads, v_head_size]``; allocated if None.
+            pdl: start decoding while the kernel before it still runs (see ``PagedAttention.attend``).
         """
         plan = metadata.plan
         if not isinstance(plan, StagedPlan):
             raise TypeError(f"metadata.plan: {type(plan).__name__}: give what plan() returned for this step")
         scoring = Scoring(scale=scale, window=sliding_window, softcap=softcap)
-        return self.attention.attend(layer, query, plan, scoring, out)
+        return self.attention.attend(layer, query, plan, scoring, out, pdl=pdl)
 
     def copy_blocks(self, sources: list[int], destinations: list[int]) -> None:
         """Copy whole blocks in every layer."""

@@ -81,8 +81,12 @@ class DeviceBackend(Protocol):
         scale: float,
         sliding_window: int | None,
         softcap: float | None,
+        pdl: bool = False,
     ) -> torch.Tensor:
-        """Attend causally over the blocks, ``[num_tokens, heads, size]`` in and out."""
+        """Attend causally over the blocks, ``[num_tokens, heads, size]`` in and out.
+
+        With ``pdl`` it may start while the kernel before it still runs.
+        """
 
 
 class DeviceDecoder:
@@ -185,6 +189,7 @@ class DeviceDecoder:
             raise RuntimeError("bind() a backend with blocks before a step")
         layer, blocks = self._layers[index], self._backend.blocks
         query = qkv.new_empty(len(qkv), layer.heads, layer.size)
+        pdl = self.pdl and len(qkv) <= self.thin_rows
         self._kernels.rotate_and_store(
             qkv,
             positions,
@@ -196,9 +201,9 @@ class DeviceDecoder:
             query_norm=layer.query_norm,
             key_norm=layer.key_norm,
             epsilon=layer.epsilon,
-            pdl=self.pdl and len(qkv) <= self.thin_rows,
+            pdl=pdl,
         )
-        attended = self._backend.attend(index, query, metadata, **self._calls[index])
+        attended = self._backend.attend(index, query, metadata, **self._calls[index], pdl=pdl)
         return attended.reshape(len(qkv), layer.heads * layer.size)
 
     def _feed(self, normed: torch.Tensor, layer: DeviceLayer) -> torch.Tensor:
@@ -312,6 +317,8 @@ class DenseBackend:
         layer: int,
         query: torch.Tensor,
         metadata: AttentionMetadata,
+        *,
+        pdl: bool = False,
         **call: Any,  # noqa: ANN401 (the fields of AttentionCall)
     ) -> torch.Tensor:
         """See ``DeviceBackend``."""

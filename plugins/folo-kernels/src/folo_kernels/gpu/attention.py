@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 LOG2_E = math.log2(math.e)
 
+FEW_ROWS = 16
+"""Rows up to which a step has few programs, each of which must have many loads under way."""
+
+
 @attrs.frozen(slots=True, kw_only=True)
 class DecodeConfig:
     """What the decode kernel is compiled for."""
@@ -56,6 +60,24 @@ class Configs:
 
     decode: DecodeConfig
     prefill: PrefillConfig
+    few: DecodeConfig | None = None
+    """For steps of at most FEW_ROWS rows, if not as for more."""
+    single: DecodeConfig | None = None
+    """For steps of one row, if not as for few."""
+
+    def decoding(self, num_rows: int) -> DecodeConfig:
+        """Pick by a step's sequences, padding included."""
+        few = self.few if self.few is not None and num_rows <= FEW_ROWS else self.decode
+        return self.single if self.single is not None and num_rows == 1 else few
+
+
+HOPPER = Configs(
+    decode=DecodeConfig(block_n=64, shared_rows=32, shared_block_n=32, num_warps=2, num_stages=3),
+    few=DecodeConfig(block_n=32, shared_rows=32, shared_block_n=32, num_warps=4, num_stages=5),
+    single=DecodeConfig(block_n=128, shared_rows=32, shared_block_n=32, num_warps=4, num_stages=2),
+    prefill=PrefillConfig(block_m=128, block_n=64, num_warps=8, num_stages=3),
+)
+"""What was measured to be fast for up to 128 features of 16 bits from compute capability 9.0 on."""
 
 
 def configs_for(capability: tuple[int, int], head_size: int, dtype: torch.dtype) -> Configs:
@@ -68,7 +90,9 @@ def configs_for(capability: tuple[int, int], head_size: int, dtype: torch.dtype)
     stages, rows = (3, 64) if is_large else (2, 32)
     # Tiles of float32 are split into parts for tensor cores, which takes room as well.
     wide_stages = 2 if is_large or dtype.itemsize < 4 else 1  # noqa: PLR2004
-    if tile_bytes <= 256:  # noqa: PLR2004 (128 features in 16 bits)
+    if tile_bytes <= 256 and is_large:  # noqa: PLR2004 (128 features in 16 bits)
+        return HOPPER
+    if tile_bytes <= 256:  # noqa: PLR2004
         decode = DecodeConfig(block_n=64, shared_rows=rows, shared_block_n=32, num_warps=4, num_stages=stages)
         prefill = PrefillConfig(block_m=128, block_n=64, num_warps=8, num_stages=stages)
     elif tile_bytes <= 512:  # noqa: PLR2004
@@ -263,7 +287,7 @@ class PagedAttention:
         """Write new keys and values of a layer into their slots."""
         store_kv(_unit(key), _unit(value), slots, self.blocks.keys[layer], self.blocks.values[layer])
 
-    def attend(
+    def attend(  # noqa: PLR0913 (what attention depends on)
         self,
         layer: int,
         query: torch.Tensor,
@@ -286,7 +310,7 @@ class PagedAttention:
         configs = self.configs(layer)
         if plan.item_programs:
             partials = self._room(plan.num_slots, *out.shape[1:])
-            decode(operands, plan, partials, scoring, configs.decode, pdl=pdl)
+            decode(operands, plan, partials, scoring, configs.decoding(plan.num_rows), pdl=pdl)
         prefill(operands, plan, scoring, configs.prefill)
         return out
 
@@ -322,6 +346,7 @@ class PagedAttention:
             kv_heads=self._kv_heads,
             group=1,
             query_rows=min(found.prefill.block_m for found in configs),
+            # In a captured step, rows alone must decide; so all numbers of rows share alike.
             shared_rows=min(found.decode.shared_rows for found in configs),
         )
         if self.blocks.device.type != "cuda":

@@ -147,6 +147,8 @@ def decode_kernel(
     end = tl.load(item + 3)
     slot = tl.load(item + 4)
     table = tables + first.to(tl.int64) * tl.load(header + 1)
+    row = rows + first * FIELDS
+    token, own, num_own, shared, stride, num_shared = _row(row)
     if HAS_SHARED:  # noqa: SIM102 (the outer one is decided when the kernel is compiled)
         if count > 1:
             _attend_item(
@@ -167,30 +169,24 @@ def decode_kernel(
         SOFTCAP, WINDOW, PDL, PRECISION,
     )  # fmt: skip
     if slot >= 0:
-        _count_row(
-            first, head, counters, rows, out, partials, partial_tops, out_stride,
-            GROUP, GROUP_TILE, KV_HEADS, VALUE_SIZE, VALUE_TILE, PARTS,
-        )  # fmt: skip
+        # All warps must have stored their share before one of them counts it.
+        tl.debug_barrier()
+        counter = counters + first * KV_HEADS + head
+        if tl.atomic_add(counter, 1, sem="acq_rel") == num_own + num_shared - 1:
+            _merge(
+                token, own, num_own, shared, stride, num_shared, head, out, partials, partial_tops, out_stride,
+                GROUP, GROUP_TILE, KV_HEADS, VALUE_SIZE, VALUE_TILE, PARTS,
+            )  # fmt: skip
+            # The next layer, and the next replay of a graph, count from zero.
+            tl.store(counter, 0)
 
 
 @triton.jit
-def _count_row(
-    first, head, counters, rows, out, partials, partial_tops, out_stride,
-    GROUP: tl.constexpr, GROUP_TILE: tl.constexpr, KV_HEADS: tl.constexpr, VALUE_SIZE: tl.constexpr,
-    VALUE_TILE: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """Count one of a row's partial results, and merge all of them if it is the last; the counter is zero again then."""
-    row = rows + first * FIELDS
-    total = tl.load(row + 3) + tl.load(row + 6)
-    counter = counters + first * KV_HEADS + head
-    # All warps must have stored their share before one of them counts it.
-    tl.debug_barrier()
-    if tl.atomic_add(counter, 1, sem="acq_rel") == total - 1:
-        _merge(
-            row, head, out, partials, partial_tops, out_stride,
-            GROUP, GROUP_TILE, KV_HEADS, VALUE_SIZE, VALUE_TILE, PARTS,
-        )  # fmt: skip
-        tl.store(counter, 0)
+def _row(row):
+    """A row's first token, and where its own partial results and its chunk's are: first slots, stride and numbers."""
+    return (
+        tl.load(row), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
+    )  # fmt: skip
 
 
 @triton.jit
@@ -199,7 +195,10 @@ def _count_chunk(
     MEMBERS: tl.constexpr, GROUP: tl.constexpr, GROUP_TILE: tl.constexpr, KV_HEADS: tl.constexpr,
     VALUE_SIZE: tl.constexpr, VALUE_TILE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`_count_row`, for all rows of a chunk at once; most rows' own items are shorter, and end later."""
+    """Count a partial result of each of a chunk's rows, and merge those of which it is the last.
+
+    Few are: the rows' own items are shorter, so that they come later.
+    """
     member = tl.arange(0, MEMBERS)
     real = member < count
     row = rows + (first + member) * FIELDS
@@ -213,8 +212,9 @@ def _count_chunk(
     if tl.max(is_last, 0) > 0:
         for place in range(count):
             if tl.sum(tl.where(member == place, is_last, 0), 0) > 0:
+                token, own, num_own, shared, stride, num_shared = _row(rows + (first + place) * FIELDS)
                 _merge(
-                    rows + (first + place) * FIELDS, head, out, partials, partial_tops, out_stride,
+                    token, own, num_own, shared, stride, num_shared, head, out, partials, partial_tops, out_stride,
                     GROUP, GROUP_TILE, KV_HEADS, VALUE_SIZE, VALUE_TILE, PARTS,
                 )  # fmt: skip
         tl.store(counter, 0, mask=is_last > 0)
@@ -222,16 +222,12 @@ def _count_chunk(
 
 @triton.jit
 def _merge(
-    row, head, out, partials, partial_tops, out_stride,
+    token, own, num_own, shared, stride, num_shared, head, out, partials, partial_tops, out_stride,
     GROUP: tl.constexpr, GROUP_TILE: tl.constexpr, KV_HEADS: tl.constexpr, VALUE_SIZE: tl.constexpr,
     VALUE_TILE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One row's output of a KV head's query heads. Parts are added in their tokens' order, whichever ended last."""
-    own = tl.load(row + 2)
-    shared = tl.load(row + 4)
-    stride = tl.load(row + 5)
-    num_shared = tl.load(row + 6)
-    total = num_shared + tl.load(row + 3)
+    total = num_shared + num_own
     place = tl.arange(0, GROUP_TILE)
     query_head = head * GROUP + place
     feature = tl.arange(0, VALUE_TILE)
@@ -256,7 +252,7 @@ def _merge(
         norm = norm * shrink + tl.sum(weights, 0)
         top = new_top
     acc = acc / tl.where(norm == 0.0, 1.0, norm)[:, None]
-    target = out + tl.load(row).to(tl.int64) * out_stride + query_head[:, None] * VALUE_SIZE + feature[None, :]
+    target = out + token.to(tl.int64) * out_stride + query_head[:, None] * VALUE_SIZE + feature[None, :]
     tl.store(target, acc.to(out.dtype.element_ty), mask=exists)
 
 

@@ -46,8 +46,12 @@ class Tuning:
     """Programs that run on one at a time."""
     waves: int = 4
     """Times that the device is filled with programs, at most, so that the last, unfilled time costs little."""
+    few_programs: int = 2
+    """Programs per processor that a single row is cut into, at most: each leaves a partial result to merge."""
     min_split: int = 256
     """Fewest tokens of an item that a row was cut into."""
+    few_split: int = 128
+    """The same where rows are too few for a program on each processor."""
     min_shared: int = 128
     """Fewest tokens that rows must share to be grouped."""
     shared_rows: int = 64
@@ -66,9 +70,14 @@ class Tuning:
         return max(1, self.query_rows // self.group)
 
     def extra_items(self, num_rows: int) -> int:
-        """Items beyond one for each row and chunk, at most: from one wave of programs for few rows to ``waves``."""
+        """Items beyond one for each row and chunk, at most: from less than a wave for few rows to ``waves``."""
         wave = -(-self.processors * self.programs_per_processor // self.kv_heads)
-        return min(max(4 * num_rows, wave), self.waves * wave)
+        few = max(16 * num_rows, -(-self.processors * self.few_programs // self.kv_heads))
+        return min(max(4 * num_rows, min(few, wave)), self.waves * wave)
+
+    def least(self, num_rows: int) -> int:
+        """Fewest tokens of an item in a step of so many decode rows."""
+        return self.few_split if num_rows * self.kv_heads < self.processors else self.min_split
 
     def item_room(self, num_rows: int) -> int:
         """Items that a step of so many sequences has at most, over its rows and chunks."""
@@ -137,7 +146,7 @@ def _decode_items(
         begins = np.zeros(len(rows), np.int64)
         begins[sharing] = np.repeat(chunks[:, 2], chunks[:, 1])
         own[:, 2] = begins[decodes]
-    items, splits, slots = _split(segments, tuning.extra_items(len(rows)), tuning.min_split)
+    items, splits, slots = _split(segments, tuning.extra_items(len(rows)), tuning.least(len(decodes)))
     rows[:, 3] = -1
     rows[decodes, 2], rows[decodes, 3] = slots[: len(decodes)], splits[: len(decodes)]
     if len(chunks):

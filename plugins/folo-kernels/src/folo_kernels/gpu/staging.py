@@ -69,7 +69,7 @@ class StagedPlan:
     @property
     def has_shared(self) -> bool:
         """Launch what can attend for several rows at once."""
-        return self.work.has_shared or (self.is_captured and self.tuning.rows_per_chunk > 1)
+        return self.work.has_shared or (self.is_captured and self.tuning.rows_per_chunk > 1 and self.num_rows > 1)
 
     @property
     def num_slots(self) -> int:
@@ -114,12 +114,12 @@ class Stager:
         """Plan a step again, for more query heads per KV head than it was planned for, as will be all steps to come."""
         self.tuning = plan.tuning = attrs.evolve(self.tuning, group=max(group, self.tuning.group))
         plan.work = cut(plan.query_start, plan.seq_lens, plan.tables, self._block_size, plan.tuning)
-        self._held = None
+        self._held = plan.device = None
         self.put(plan)
 
     def put(self, plan: StagedPlan) -> None:
-        """Copy a plan to the device, unless it is what lies there."""
-        if self._held is plan:
+        """Copy a plan to the device, unless it is what lies there, or lies in memory of its own."""
+        if self._held is plan or (plan.device is not None and plan.device is not self._memory):
             return
         rows, width = plan.tables.shape
         layout = plan.layout = Layout.of(rows, width, len(plan.work.tiles), plan.tuning)
@@ -129,7 +129,8 @@ class Stager:
         plan.device[: layout.end].copy_(host[: layout.end], non_blocking=True)
         if self._events:
             self._events[self._turn].record()
-        self._held = plan if plan.device is self._memory else None
+        if plan.device is self._memory:
+            self._held = plan
 
     def _room(self, plan: StagedPlan, size: int) -> torch.Tensor:
         if size <= self._memory.numel():
