@@ -2,8 +2,9 @@
 
 Decoding is bound by reading keys and values, so it is given in bytes a second (bytes of a shared prefix count once)
 and as a share of what copying memory reaches. Prompts are bound by arithmetic, and compared with a matrix product.
-Every workload runs in several configurations, of which one that cannot be compiled is reported as such. All calls are
-captured in a graph over enough layers that none finds its keys in the cache of the one before.
+Every workload runs in several configurations, of which one that cannot be compiled is reported as such, beginning with
+the one that the device gets by itself. All calls run over enough layers that none finds its keys in the cache of the
+one before. Those that decode are captured in a graph; prompts are not, as in an engine.
 
     python bench/gpu/attention.py --json attention.json
 """
@@ -21,7 +22,15 @@ import attrs
 import numpy as np
 import torch
 
-from folo_kernels.gpu.attention import Configs, DecodeConfig, PagedAttention, PrefillConfig, Scoring
+from folo_kernels.gpu.attention import (
+    FEW_ROWS,
+    Configs,
+    DecodeConfig,
+    PagedAttention,
+    PrefillConfig,
+    Scoring,
+    configs_for,
+)
 from folo_kernels.gpu.blocks import DeviceBlocks, LayerShape
 from folo_kernels.gpu.plan import Tuning
 
@@ -48,6 +57,8 @@ class Workload:
     """Adjacent sequences that share a prefix."""
     shared: int = 0
     """Tokens they share."""
+    pdl: bool = False
+    """Launch each layer's attention while that of the layer before still runs."""
 
     @property
     def query_start(self) -> np.ndarray:
@@ -81,8 +92,13 @@ DECODES = [
     Workload("64 rows of 4096", [4096] * 64),
     Workload("256 rows of about 800", mixed(256, 800)),
     Workload("8 rows of about 16000", mixed(8, 16000)),
-    Workload("1 row of 256", [256]),
-    Workload("1 row of 8192", [8192]),
+    Workload("4 rows of about 4000", mixed(4, 4000)),
+    Workload("64 rows of 256", [256] * 64),
+    *(
+        Workload(f"1 row of {length}{', pdl' if pdl else ''}", [length], pdl=pdl)
+        for length in (256, 2048, 8192)
+        for pdl in (False, True)
+    ),
     Workload("16 groups of 16 sharing 1024, 128 own", [1024 + 128] * 256, group=16, shared=1024),
     Workload("256 rows sharing 2048, 100 own", [2048 + 100] * 256, group=256, shared=2048),
 ]
@@ -94,20 +110,49 @@ PREFILLS = [
 DECODE_CONFIGS = [
     DecodeConfig(block_n=block_n, shared_rows=shared_rows, shared_block_n=shared, num_warps=warps, num_stages=stages)
     for block_n, shared_rows, shared, warps, stages in [
+        (64, 32, 32, 2, 3),
         (64, 64, 32, 4, 3),
-        (64, 64, 32, 4, 2),
-        (64, 64, 32, 4, 4),
         (64, 64, 64, 4, 2),
-        (32, 64, 32, 4, 3),
-        (32, 64, 32, 4, 4),
-        (32, 32, 32, 2, 3),
+        (32, 32, 32, 4, 5),
         (32, 32, 32, 2, 4),
-        (32, 32, 16, 1, 4),
-        (128, 64, 32, 4, 2),
+        (32, 64, 32, 4, 4),
+        (128, 32, 32, 4, 2),
+        (128, 32, 32, 4, 3),
         (128, 64, 64, 8, 2),
     ]
 ]
-TUNINGS = [{}, {"waves": 2}, {"waves": 8}, {"min_split": 128}, {"min_split": 512}]
+SINGLE_CONFIGS = [
+    DecodeConfig(block_n=block_n, shared_rows=32, shared_block_n=32, num_warps=warps, num_stages=stages)
+    for block_n, warps, stages in [
+        (64, 4, 2),
+        (64, 4, 3),
+        (64, 2, 3),
+        (32, 4, 5),
+        (32, 2, 5),
+        (128, 4, 2),
+        (128, 4, 1),
+        (128, 8, 2),
+        (128, 8, 1),
+    ]
+]
+"""For one row."""
+SHARED_CONFIGS = [
+    DecodeConfig(block_n=block_n, shared_rows=rows, shared_block_n=shared, num_warps=warps, num_stages=stages)
+    for block_n, rows, shared, warps, stages in [
+        (64, 128, 32, 4, 3),
+        (64, 128, 64, 4, 2),
+        (64, 128, 64, 4, 3),
+        (64, 128, 64, 8, 3),
+        (64, 64, 64, 4, 3),
+        (32, 128, 32, 4, 4),
+    ]
+]
+"""For many rows that share a prefix, besides the others."""
+TUNINGS: list[dict[str, int]] = [{"waves": 2}, {"waves": 8}, {"min_split": 128}, {"min_split": 512}]
+SINGLE_TUNINGS: list[dict[str, int]] = [{"few_split": 64}, {"few_split": 256}, {"few_programs": 1}, {"few_programs": 4}]
+FEW_TUNINGS: list[dict[str, int]] = [{"few_split": 256}, {"programs_per_processor": 3}, {"programs_per_processor": 6}]
+SHARED_TUNINGS: list[dict[str, int]] = [{"shared_splits": 2}, {"shared_splits": 4}, {"shared_splits": 16}]
+"""Other ways to cut steps: tried in the fastest configuration."""
 PREFILL_CONFIGS = [
     PrefillConfig(block_m=block_m, block_n=block_n, num_warps=warps, num_stages=stages)
     for block_m, block_n, warps, stages in [
@@ -115,6 +160,8 @@ PREFILL_CONFIGS = [
         (128, 64, 8, 2),
         (128, 64, 8, 4),
         (128, 128, 8, 2),
+        (128, 128, 8, 3),
+        (256, 64, 8, 3),
         (128, 32, 8, 4),
         (64, 64, 4, 2),
         (64, 64, 4, 3),
@@ -185,9 +232,9 @@ class Bench:
 
         def run() -> None:
             for layer in range(self.layers):
-                attention.attend(layer, self.query, plan, scoring, out)
+                attention.attend(layer, self.query, plan, scoring, out, pdl=work.pdl)
 
-        found = captured_seconds(run) / self.layers
+        found = (captured_seconds(run) if work.new == 1 else queued_seconds(run)) / self.layers
         self.check(out)
         return found
 
@@ -210,10 +257,25 @@ def captured_seconds(run: Callable[[], None], repeats: int = 15) -> float:
     return timed(graph.replay, repeats)
 
 
-def timed(work: Callable[[], object], repeats: int = 15) -> float:
-    """Median seconds that the device takes for ``work``."""
+def queued_seconds(run: Callable[[], None], repeats: int = 15) -> float:
+    """Median seconds of what ``run`` launches, while the device is behind the host."""
+    left, right = (torch.zeros(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    run()
+    torch.cuda.synchronize()
+
+    def ahead() -> None:
+        for _ in range(4):
+            torch.mm(left, right)
+
+    return timed(run, repeats, ahead)
+
+
+def timed(work: Callable[[], object], repeats: int = 15, ahead: Callable[[], object] | None = None) -> float:
+    """Median seconds that the device takes for ``work``; ``ahead`` keeps it busy while that is launched."""
     samples: list[float] = []
     for _ in range(repeats):
+        if ahead is not None:
+            ahead()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         work()
@@ -241,14 +303,31 @@ def decode_runs(model: Model, limit: float, workloads: list[Workload]) -> Iterat
         bench = Bench(model, work)
         amount = work.tokens_read() * model.bytes_per_token()
         best: tuple[float, DecodeConfig] | None = None
-        for config in DECODE_CONFIGS:
+        for config in decode_configs(model, work):
             row = attempt(bench, Configs(decode=config, prefill=PREFILL_CONFIGS[0]), amount, limit, config)
             if "seconds" in row and (best is None or row["seconds"] < best[0]):
                 best = row["seconds"], config
             yield row
-        for changes in TUNINGS[1:] if best else []:
+        for changes in tunings(work) if best else []:
             config = best[1] if best else DECODE_CONFIGS[0]
             yield attempt(bench, Configs(decode=config, prefill=PREFILL_CONFIGS[0]), amount, limit, config, changes)
+
+
+def decode_configs(model: Model, work: Workload) -> list[DecodeConfig]:
+    """List what to try: first what the device gets by itself."""
+    rows = len(work.lens)
+    own = configs_for(torch.cuda.get_device_capability(), model.head_size, model.dtype).decoding(rows)
+    others = SINGLE_CONFIGS if rows == 1 else DECODE_CONFIGS + (SHARED_CONFIGS if work.shared else [])
+    return [own, *(config for config in others if config != own)]
+
+
+def tunings(work: Workload) -> list[dict[str, int]]:
+    """List other ways to cut a step that may suit it."""
+    if work.shared:
+        return SHARED_TUNINGS
+    if len(work.lens) == 1:
+        return SINGLE_TUNINGS
+    return FEW_TUNINGS if len(work.lens) <= FEW_ROWS else TUNINGS
 
 
 def prefill_runs(model: Model, limit: float, workloads: list[Workload]) -> Iterator[dict[str, Any]]:

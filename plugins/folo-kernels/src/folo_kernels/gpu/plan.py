@@ -28,8 +28,8 @@ FIELDS = 8
 ALIGN = 32
 """Items are multiples of so many tokens, so that few of a program's loads are cut short."""
 
-FEW_SPLITS, MANY_ROWS = 8, 8
-"""A chunk of at least MANY_ROWS rows is cut into at most FEW_SPLITS items: each leaves a partial result per row."""
+MANY_ROWS = 8
+"""A chunk of at least so many rows is cut into few items: each leaves a partial result per row."""
 
 
 @attrs.frozen(slots=True, kw_only=True)
@@ -56,6 +56,8 @@ class Tuning:
     """Fewest tokens that rows must share to be grouped."""
     shared_rows: int = 64
     """Query rows (rows times query heads per KV head) of one chunk, at most."""
+    shared_splits: int = 8
+    """Items that a chunk of many rows is cut into, at most."""
     query_rows: int = 128
     """Query rows (tokens times query heads per KV head) of one tile, at most."""
 
@@ -85,7 +87,7 @@ class Tuning:
 
     def slot_room(self, num_rows: int) -> int:
         """Partial results (one per item and row of it) of a step of so many sequences, at most."""
-        return (2 + FEW_SPLITS) * num_rows + MANY_ROWS * self.extra_items(num_rows)
+        return (2 + self.shared_splits) * num_rows + MANY_ROWS * self.extra_items(num_rows)
 
 
 @attrs.frozen(slots=True, kw_only=True)
@@ -146,7 +148,8 @@ def _decode_items(
         begins = np.zeros(len(rows), np.int64)
         begins[sharing] = np.repeat(chunks[:, 2], chunks[:, 1])
         own[:, 2] = begins[decodes]
-    items, splits, slots = _split(segments, tuning.extra_items(len(rows)), tuning.least(len(decodes)))
+    extra, least = tuning.extra_items(len(rows)), tuning.least(len(decodes))
+    items, splits, slots = _split(segments, extra, least, tuning.shared_splits)
     rows[:, 3] = -1
     rows[decodes, 2], rows[decodes, 3] = slots[: len(decodes)], splits[: len(decodes)]
     if len(chunks):
@@ -173,13 +176,14 @@ def _members(chunks: Ints) -> Ints:
     return np.repeat(chunks[:, 0] + chunks[:, 1] - ends, chunks[:, 1]) + np.arange(ends[-1] if len(ends) else 0)
 
 
-def _split(segments: Ints, extra: int, least: int) -> tuple[Int32s, Ints, Ints]:
+def _split(segments: Ints, extra: int, least: int, most: int) -> tuple[Int32s, Ints, Ints]:
     """Cut segments into items of about the same length.
 
     Args:
         segments: int64 ``[n, 4]``: first row, rows, first token, end token.
         extra: items beyond one for each segment, at most.
         least: fewest tokens of an item, unless its segment has fewer.
+        most: most items of a segment of MANY_ROWS rows or more.
 
     Returns:
         The items, and for each segment its number of items and its first partial slot.
@@ -187,7 +191,8 @@ def _split(segments: Ints, extra: int, least: int) -> tuple[Int32s, Ints, Ints]:
     _, members, begins, ends = segments.T
     lengths = ends - begins
     target = max(least, -(-int(lengths.sum()) // extra))
-    splits = np.where(members >= MANY_ROWS, np.minimum(-(-lengths // target), FEW_SPLITS), -(-lengths // target))
+    splits = -(-lengths // target)
+    splits = np.where(members >= MANY_ROWS, np.minimum(splits, most), splits)
     pieces = np.maximum(-(-lengths // (np.maximum(splits, 1) * ALIGN)) * ALIGN, 1)
     splits = -(-lengths // pieces)
     results = splits * members
