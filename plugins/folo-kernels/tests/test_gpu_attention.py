@@ -28,6 +28,7 @@ if not HAS_CUDA and REASON:
     pytest.skip(REASON, allow_module_level=True)
 
 from folo_kernels.gpu import attention_kernels as kernels  # noqa: E402
+from folo_kernels.gpu import layers  # noqa: E402
 from folo_kernels.gpu.attention import (  # noqa: E402 (Triton reads how to run kernels when it is imported)
     Configs,
     DecodeConfig,
@@ -377,21 +378,29 @@ def test_a_captured_graph_serves_other_steps_of_its_rows():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")
-@pytest.mark.parametrize("past", [100, 1499])
-def test_steps_that_overlap_read_what_the_one_before_wrote(past):
-    """Each step's queries are the output of the one before, which still runs when it is launched."""
+@pytest.mark.parametrize(("past", "size"), [(100, 128), (1499, 128), (700, 80)])
+def test_steps_that_overlap_read_what_the_one_before_wrote(past, size):
+    """Each query, and the last token's key and value, come from kernels that still run when the next is launched."""
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs compute capability 9.0")
-    run = Run(Case(sequences=[(1, past)], kv_heads=8, captured=True), torch.bfloat16, "cuda")
+    case = Case(sequences=[(1, past)], kv_heads=8, head_size=size, value_size=size, captured=True)
+    run = Run(case, torch.bfloat16, "cuda", configs_for((9, 0), size, torch.bfloat16))
+    weight = torch.randn(32 * size, 16 * size, device="cuda", dtype=torch.bfloat16) * 0.2
+    tables = [torch.randn(1, size, device="cuda") for _ in range(2)]
+    slot, position = torch.tensor(run.slots(0)[-1:], device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda")
+    blocks, query = [run.blocks.keys[1], run.blocks.values[1]], torch.empty_like(run.query)
     plan, _ = run.attend()
 
     def chain(*, pdl):
-        query = run.query
+        out = run.query
         for _ in range(40):
-            query = run.attention.attend(1, query, plan, run.scoring(), pdl=pdl)
-        return query
+            qkv = layers.thin_matmul(out.view(1, -1), weight, pdl=pdl)
+            layers.rotate_and_store(qkv, position, *tables, slot, *blocks, query, pdl=pdl)
+            out = run.attention.attend(1, query, plan, run.scoring(), pdl=pdl)
+        return out
 
     wanted = chain(pdl=False)
+    assert wanted.isfinite().all()
     chain(pdl=True)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -6,7 +6,8 @@ has an instruction for powers of two. Sizes in capitals are known when a kernel 
 
 Where a row's keys were cut into several items, the program that ends last merges their partial results: it is the one
 that counts the last of them. With PDL, a kernel is launched while its predecessor still runs, and waits for it before
-it reads what that writes; until then it reads the step's plan, which lay there before the step began.
+it reads what that writes; until then it reads the step's plan, which lay there before the step began, and has keys and
+values of earlier steps brought near.
 """
 
 from __future__ import annotations
@@ -45,6 +46,19 @@ def _read(base, cells, seen, SIZE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.
     if SIZE == TILE:
         return tl.load(pointers)
     return tl.load(pointers, mask=feature[None, :] < SIZE, other=0.0)
+
+
+@triton.jit
+def _prefetch(base, cells, SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Have the device's cache fetch some cells, unless their size is odd; nobody waits, and nothing is read yet."""
+    if SIZE == TILE:
+        per_line: tl.constexpr = 1024 // base.dtype.element_ty.primitive_bitwidth
+        lines: tl.constexpr = (SIZE + per_line - 1) // per_line
+        pointers = base + cells[:, None] * SIZE + tl.arange(0, lines)[None, :] * per_line
+        tl.inline_asm_elementwise(
+            "{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l", [pointers.to(tl.int64)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -90,6 +104,11 @@ def _attend_item(
     offset = tl.arange(0, BLOCK_N)
     blocks = _blocks(table, begin + offset, end, BLOCK_SIZE)
     if PDL:
+        for start in range(begin, end, BLOCK_N):
+            position = tl.minimum(start + offset, end - 1)
+            cells = _cells(_blocks(table, position, end, BLOCK_SIZE), position, head, KV_HEADS, BLOCK_SIZE)
+            _prefetch(keys, cells, KEY_SIZE, KEY_TILE)
+            _prefetch(values, cells, VALUE_SIZE, VALUE_TILE)
         gdc_wait()
     feature = tl.arange(0, KEY_TILE)
     q_rows = query + token * query_stride + query_head * query_head_stride
