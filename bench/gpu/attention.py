@@ -112,13 +112,13 @@ DECODE_CONFIGS = [
     for block_n, shared_rows, shared, warps, stages in [
         (64, 32, 32, 2, 3),
         (64, 64, 32, 4, 3),
-        (64, 64, 64, 4, 2),
+        (64, 128, 32, 4, 3),
+        (64, 128, 32, 8, 3),
         (32, 32, 32, 4, 5),
         (32, 32, 32, 2, 4),
         (32, 64, 32, 4, 4),
         (128, 32, 32, 4, 2),
         (128, 32, 32, 4, 3),
-        (128, 64, 64, 8, 2),
     ]
 ]
 SINGLE_CONFIGS = [
@@ -139,12 +139,9 @@ SINGLE_CONFIGS = [
 SHARED_CONFIGS = [
     DecodeConfig(block_n=block_n, shared_rows=rows, shared_block_n=shared, num_warps=warps, num_stages=stages)
     for block_n, rows, shared, warps, stages in [
-        (64, 128, 32, 4, 3),
-        (64, 128, 64, 4, 2),
-        (64, 128, 64, 4, 3),
+        (64, 128, 64, 8, 2),
         (64, 128, 64, 8, 3),
-        (64, 64, 64, 4, 3),
-        (32, 128, 32, 4, 4),
+        (64, 64, 64, 4, 2),
     ]
 ]
 """For many rows that share a prefix, besides the others."""
@@ -152,7 +149,7 @@ TUNINGS: list[dict[str, int]] = [{"waves": 2}, {"waves": 8}, {"min_split": 128},
 SINGLE_TUNINGS: list[dict[str, int]] = [{"few_split": 64}, {"few_split": 256}, {"few_programs": 1}, {"few_programs": 4}]
 FEW_TUNINGS: list[dict[str, int]] = [{"few_split": 256}, {"programs_per_processor": 3}, {"programs_per_processor": 6}]
 SHARED_TUNINGS: list[dict[str, int]] = [{"shared_splits": 2}, {"shared_splits": 4}, {"shared_splits": 16}]
-"""Other ways to cut steps: tried in the fastest configuration."""
+"""Other ways to cut steps: tried in the fastest configuration, for one row in all of them."""
 PREFILL_CONFIGS = [
     PrefillConfig(block_m=block_m, block_n=block_n, num_warps=warps, num_stages=stages)
     for block_m, block_n, warps, stages in [
@@ -161,13 +158,11 @@ PREFILL_CONFIGS = [
         (128, 64, 8, 4),
         (128, 128, 8, 2),
         (128, 128, 8, 3),
-        (256, 64, 8, 3),
         (128, 32, 8, 4),
         (64, 64, 4, 2),
         (64, 64, 4, 3),
         (64, 32, 4, 3),
         (64, 128, 4, 2),
-        (128, 64, 4, 2),
     ]
 ]
 
@@ -298,7 +293,7 @@ def machine() -> dict[str, float]:
 
 
 def decode_runs(model: Model, limit: float, workloads: list[Workload]) -> Iterator[dict[str, Any]]:
-    """Measure every decoding workload in every configuration, then with other ways to cut it in the best one."""
+    """Measure every decoding workload in every configuration, then with other ways to cut it."""
     for work in workloads:
         bench = Bench(model, work)
         amount = work.tokens_read() * model.bytes_per_token()
@@ -308,8 +303,8 @@ def decode_runs(model: Model, limit: float, workloads: list[Workload]) -> Iterat
             if "seconds" in row and (best is None or row["seconds"] < best[0]):
                 best = row["seconds"], config
             yield row
-        for changes in tunings(work) if best else []:
-            config = best[1] if best else DECODE_CONFIGS[0]
+        again = decode_configs(model, work) if len(work.lens) == 1 else [best[1]] if best else []
+        for config, changes in itertools.product(again, tunings(work)):
             yield attempt(bench, Configs(decode=config, prefill=PREFILL_CONFIGS[0]), amount, limit, config, changes)
 
 
