@@ -21,6 +21,9 @@ FIELDS = tl.constexpr(8)
 
 NEVER = tl.constexpr(float("-inf"))
 
+NEAR = tl.constexpr(2)
+"""Steps of an item's loop for which keys and values are brought near."""
+
 
 @triton.jit
 def _blocks(table, positions, end, BLOCK_SIZE: tl.constexpr):
@@ -104,7 +107,8 @@ def _attend_item(
     offset = tl.arange(0, BLOCK_N)
     blocks = _blocks(table, begin + offset, end, BLOCK_SIZE)
     if PDL:
-        for start in range(begin, end, BLOCK_N):
+        # No more than the cache holds of all items together.
+        for start in range(begin, tl.minimum(end, begin + NEAR * BLOCK_N), BLOCK_N):
             position = tl.minimum(start + offset, end - 1)
             cells = _cells(_blocks(table, position, end, BLOCK_SIZE), position, head, KV_HEADS, BLOCK_SIZE)
             _prefetch(keys, cells, KEY_SIZE, KEY_TILE)
