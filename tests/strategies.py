@@ -65,6 +65,7 @@ def cache_configs(draw: st.DrawFn) -> CacheConfig:
         num_blocks=num_blocks,
         kv_cache_bytes=draw(optional(positive)) if num_blocks is None else None,
         swap_space=draw(st.integers(0, 2**50)),
+        kv_cache_dtype=draw(st.sampled_from(["auto", "fp8"])),
         enable_prefix_caching=prefix,
         prefix_cache_size=draw(optional(st.integers(1, num_blocks or 10**6))) if prefix else None,
     )
@@ -182,6 +183,7 @@ BAD_FIELDS: dict[type, dict[str, list[Any]]] = {
         "gpu_memory_utilization": [*NO_FLOAT, 0, 0.0, -0.1, 1.0001],
         "kv_cache_bytes": [0, -1, "2 parsecs", "", "-1GiB", "1e9", "GiB", 1.5, True, [], INT64, "99999999999TiB"],
         "num_blocks": [*NO_INT, 0, -1],
+        "kv_cache_dtype": [*NO_TEXT, None, "FP8", "fp8_e5m2", "int8"],
         "swap_space": [-1, "4 gig", None, 0.5, True, "nan"],
         "enable_prefix_caching": NO_BOOL,
         "prefix_cache_size": [*NO_INT, 0, -1],

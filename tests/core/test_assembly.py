@@ -129,6 +129,7 @@ class InvariantBackend:
     """A backend that promises the same bits in any batch; ``auto`` would not take it otherwise."""
 
     __name__ = "invariant"
+    capabilities = frozenset({"batch-invariant"})
 
     @hookimpl
     def folo_attention_backends(self) -> list[AttentionBackendSpec]:
@@ -139,7 +140,7 @@ class InvariantBackend:
                 factory=lambda _: FakeBackend(),
                 supports=lambda _device, _dtype: None,
                 priority=-5,
-                capabilities={"batch-invariant"},
+                capabilities=self.capabilities,
             )
         ]
 
@@ -184,6 +185,35 @@ def test_quantization_is_refused_where_the_loader_passes_it_over() -> None:
         build(loader, model="x", quantization="int4")
     assert build(loader, model="x", quantization="int8").model_info.quantization == "int8"
     assert build(loader, model="x").model_info.quantization == "int8", "a loader may bring rounded weights of its own"
+
+
+class Float8Backend(InvariantBackend):
+    """A backend that stores keys and values in float8; ``auto`` would not take it otherwise."""
+
+    __name__ = "float8"
+    capabilities = frozenset({"fp8-kv"})
+
+
+def rounding_loader() -> LoaderPlugin:
+    loader = LoaderPlugin()
+    loader.model.info = attrs.evolve(loader.model.info, kv_cache_dtype="fp8")
+    return loader
+
+
+def test_keys_and_values_in_float8_are_refused_where_the_loader_passes_them_over() -> None:
+    with pytest.raises(ConfigError, match=r"kv_cache_dtype: 'fp8': the loader of model 'x' wants .* in float32"):
+        build(LoaderPlugin(), Float8Backend(), model="x", kv_cache_dtype="fp8")
+
+
+def test_keys_and_values_in_float8_take_a_backend_that_stores_them() -> None:
+    components = build(rounding_loader(), Float8Backend(), model="x", kv_cache_dtype="fp8")
+    assert components.model_info.kv_cache_dtype == "fp8"
+    build(rounding_loader(), Float8Backend(), model="x", attention="steady", kv_cache_dtype="fp8")
+    with pytest.raises(PluginError, match="can serve float32 on cpu with keys and values in float8"):
+        build(rounding_loader(), InvariantBackend(), model="x", kv_cache_dtype="fp8")
+    words = r"'greedy-loader-attention': lacks the capability 'fp8-kv', which kv_cache_dtype='fp8' needs: .*'steady'"
+    with pytest.raises(ConfigError, match=words):
+        build(rounding_loader(), Float8Backend(), model="x", attention="greedy-loader-attention", kv_cache_dtype="fp8")
 
 
 def test_an_unknown_part_is_named_with_what_there_is() -> None:

@@ -80,7 +80,8 @@ def cases(draw, chunks=(1, 1, 2, 5, 17, 40)):
 class Harness:
     """A backend with its own blocks, all unused slots of which hold NaN."""
 
-    def __init__(self, case, *, dtype=torch.float32, device="cpu", backend=SdpaBackend):
+    def __init__(self, case, *, dtype=torch.float32, device="cpu", backend=SdpaBackend, scales=None):
+        """``scales`` are those of keys and values in float8; without them they are in ``dtype``."""
         self.case, self.device = case, torch.device(device)
         self.random = np.random.default_rng(case.seed)
         torch.manual_seed(case.seed)
@@ -97,7 +98,9 @@ class Harness:
         spec = KVCacheSpec(
             num_kv_heads=case.kv_heads,
             head_size=case.head_size,
-            dtype=dtype,
+            dtype=dtype if scales is None else torch.float8_e4m3fn,
+            k_scale=1.0 if scales is None else scales[0],
+            v_scale=1.0 if scales is None else scales[1],
             v_head_size=None if case.v_head_size == case.head_size else case.v_head_size,
         )
         self.backend.allocate([spec, spec], self.num_blocks, size, self.device)

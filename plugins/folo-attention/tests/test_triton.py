@@ -11,7 +11,7 @@ import math
 import attrs
 import pytest
 import torch
-from attention_harness import TOLERANCE, Case, Harness, caches, cases, check
+from attention_harness import TOLERANCE, Case, Harness, caches, cases, check, dense
 from hypothesis import given, settings
 
 from folo_attention import plugin
@@ -34,8 +34,8 @@ DEVICES = [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=on
 on_devices = pytest.mark.parametrize("device", DEVICES)
 
 
-def harness(case=SMALL, *, device="cpu", dtype=torch.float32, **changes):
-    return Harness(attrs.evolve(case, **changes), backend=TritonBackend, device=device, dtype=dtype)
+def harness(case=SMALL, *, device="cpu", dtype=torch.float32, scales=None, **changes):
+    return Harness(attrs.evolve(case, **changes), backend=TritonBackend, device=device, dtype=dtype, scales=scales)
 
 
 @interpreted
@@ -138,6 +138,44 @@ def test_attending_alone_writes_no_blocks(device):
     assert all(torch.equal(*map(torch.nan_to_num, pair)) for pair in zip(before, caches(run.backend), strict=True))
 
 
+@on_devices
+@pytest.mark.parametrize("scales", [(0.25, 0.5), (2.0, 0.125)])
+def test_keys_and_values_in_float8_are_scaled_there_and_back(device, scales):
+    """Attention is exact over what was stored, which is close to what came."""
+    run = harness(chunks=[[9, 1], [4]], kv_heads=2, scales=scales, device=device)
+    for parts in ([(0, 0, 9)], [(0, 9, 10), (1, 0, 4)]):
+        outputs = run.run(parts)
+    for (index, begin, end), output in zip(parts, outputs, strict=True):
+        slots = [run.tables[index, p // 4] * 4 + p % 4 for p in range(end)]
+        stored = [
+            cache.cpu().float().transpose(1, 2).flatten(0, 1)[slots] * scale
+            for cache, scale in zip((run.backend.blocks.keys[1], run.backend.blocks.values[1]), scales, strict=True)
+        ]
+        wanted = dense(run.queries[index][begin:end], *stored, scale=8**-0.5, window=None, softcap=None)
+        torch.testing.assert_close(output.cpu().double(), wanted, rtol=0, atol=TOLERANCE[torch.float32])
+        for found, came in zip(stored, (run.keys[index], run.values[index]), strict=True):
+            # Triton's interpreter cuts off, and loses what is carried into the exponent.
+            limit = 0.04 if device == "cuda" else 0.15
+            assert (found - came).norm() <= limit * came.norm()
+
+
+@on_devices
+def test_blocks_in_float8_are_kept_as_others_are(device):
+    run = harness(scales=(0.25, 0.5), device=device)
+    run.backend.allocate_host(4)
+    as_bytes = [cache.view(torch.uint8) for cache in caches(run.backend)]
+    for cache in as_bytes:
+        cache.random_(1, 120)
+    before = [cache[[1, 2]].clone() for cache in as_bytes]
+    run.backend.swap_out([1, 2], [4, 2])
+    run.backend.zero_blocks([1, 2])
+    assert not any(cache[[1, 2]].any() for cache in as_bytes)
+    run.backend.swap_in([4, 2], [1, 2])
+    run.backend.copy_blocks([1, 2], [3, 1])
+    for cache, old in zip(as_bytes, before, strict=True):
+        assert torch.equal(cache[[3, 1]], old)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")
 def test_nothing_waits_for_the_device():
@@ -173,7 +211,7 @@ def test_the_plugin_offers_the_backend():
     assert isinstance(backend, SwappingBackend)
     able = [spec for spec in plugin.folo_attention_backends() if spec.name != "native"]
     assert SPEC.priority == max(spec.priority for spec in able), "auto takes it where it can"
-    assert SPEC.capabilities == {"gqa", "sliding_window", "softcap"}
+    assert SPEC.capabilities == {"fp8-kv", "gqa", "sliding_window", "softcap"}
 
 
 def test_what_it_does_not_support_is_named(monkeypatch):

@@ -144,5 +144,6 @@ def test_threads_are_set_before_the_model_is_loaded(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("OMP_PROC_BIND", "true")
     monkeypatch.setattr("folo_core.llm.LLM", note)
-    bench_command._open("demo", "auto", "int4", 2, 100)
-    assert seen == {"model": "demo", "dtype": "auto", "quantization": "int4", "max_num_seqs": 100, "threads": "2"}
+    numbers = {"dtype": "auto", "quantization": "int4", "kv_cache_dtype": "auto"}
+    bench_command._open("demo", numbers, 2, 100)
+    assert seen == {"model": "demo", **numbers, "max_num_seqs": 100, "threads": "2"}

@@ -97,7 +97,8 @@ def test_one_prompt_streams_as_text(
     tokens = model.expected_tokens(tokenizer.encode("hello"), 6)
     assert captured.out == tokenizer.decode(tokens, skip_special_tokens=True) + "\n"
     assert "tokens/s" in captured.err
-    assert model.opened == [("x", {"dtype": "auto", "quantization": "int4", "max_model_len": None})]  # type: ignore[attr-defined]
+    options = {"dtype": "auto", "quantization": "int4", "kv_cache_dtype": "auto", "max_model_len": None}
+    assert model.opened == [("x", options)]  # type: ignore[attr-defined]
 
 
 def test_several_prompts_give_a_json_line_each(

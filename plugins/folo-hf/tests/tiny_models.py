@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from folo_attention.sdpa import SdpaBackend
 from folo_core.attention.interface import AttentionMetadata
-from folo_core.config import EngineConfig, ModelConfig
+from folo_core.config import CacheConfig, EngineConfig, ModelConfig
 from folo_hf.loader import HfLoader
 
 VOCAB = 96
@@ -94,10 +94,11 @@ def save_tokenizer(folder, size=VOCAB, **special):
     return folder
 
 
-def make_loader(folder, hardware=None, *, deterministic=False, **fields):
+def make_loader(folder, hardware=None, *, deterministic=False, kv_cache_dtype="auto", **fields):
     fields = {"device": "cpu", **fields}
     model = ModelConfig(model=str(folder), **fields)
-    return HfLoader(EngineConfig(model=model, deterministic=deterministic), hardware)
+    cache = CacheConfig(kv_cache_dtype=kv_cache_dtype)
+    return HfLoader(EngineConfig(model=model, cache=cache, deterministic=deterministic), hardware)
 
 
 class PagedDecoder:

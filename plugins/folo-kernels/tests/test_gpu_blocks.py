@@ -16,6 +16,8 @@ on_devices = pytest.mark.parametrize("device", DEVICES)
 ALIKE = [LayerShape(kv_heads=2, key_size=8, value_size=8, dtype=torch.float32)] * 3
 MIXED = [*ALIKE, LayerShape(kv_heads=1, key_size=8, value_size=4, dtype=torch.bfloat16)]
 
+ROUNDED = [LayerShape(kv_heads=2, key_size=8, value_size=12, dtype=torch.float8_e4m3fn)] * 2
+
 
 def filled(shapes, device="cpu"):
     blocks = DeviceBlocks(shapes, 9, 4, torch.device(device))
@@ -82,3 +84,20 @@ def test_nothing_waits_for_the_device():
         blocks.zero([5])
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@on_devices
+def test_blocks_of_float8_are_copied_and_zeroed(device):
+    blocks = DeviceBlocks(ROUNDED, 9, 4, torch.device(device))
+    assert blocks.bytes_per_block() == 2 * 4 * 2 * (8 + 12)
+    as_bytes = [cache.view(torch.uint8) for cache in blocks.tensors()]
+    for cache in as_bytes:
+        cache.random_(1, 127)
+    before = [cache.clone() for cache in as_bytes]
+    blocks.copy([1, 2], [2, 5])
+    blocks.zero([7])
+    for cache, old in zip(as_bytes, before, strict=True):
+        assert torch.equal(cache[[2, 5]], old[[1, 2]])
+        assert not cache[7].any()
+        rest = [0, 1, 3, 4, 6, 8]
+        assert torch.equal(cache[rest], old[rest])

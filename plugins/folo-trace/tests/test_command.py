@@ -74,6 +74,8 @@ def test_the_page_is_trace_html_unless_named(monkeypatch: pytest.MonkeyPatch, tm
         (["--temperature", "-1"], "temperature: -1.0: must be"),
         (["--block-size", "0"], "block_size: 0: must be"),
         (["-O", "max_tokens=0"], "max_tokens: 0: must be"),
+        (["--kv-cache-dtype", "int8"], "kv_cache_dtype: 'int8': must be one of auto, fp8"),
+        (["--kv-cache-dtype", "fp8"], "cache.kv_cache_dtype: 'fp8': the loader of model 'fake'"),
         (["--quantization", "int5"], "quantization: 'int5': must be one of int8, int4, fp8 or None"),
         (["--quantization", "int4"], "model.quantization: 'int4': the loader of model 'fake'"),
         (["--kv-cache-bytes", "much"], "kv_cache_bytes: 'much': must be a size"),

@@ -20,6 +20,11 @@ class KVCacheSpec:
     dtype: torch.dtype
     v_head_size: int | None = None
     """Head size of the values when it differs from the keys'; None when equal."""
+    k_scale: float = 1.0
+    """What is stored is ``key / k_scale``, and what is read is multiplied by it. Other than 1 only where ``dtype`` is
+    float8, which a backend stores only if it has the capability ``fp8-kv``."""
+    v_scale: float = 1.0
+    """As ``k_scale``, for values."""
 
     def bytes_per_token(self) -> int:
         """Bytes that one token's key and value take in this layer."""

@@ -17,6 +17,7 @@ from folo_core.validation import (
     boolean,
     integer,
     number,
+    one_of,
     rule,
 )
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     )
 
 MAX_BLOCK_SIZE = 256
+KV_CACHE_DTYPES = ("auto", "fp8")
 _UNITS = {"": 1} | {f"{p}b": 1000**i for i, p in enumerate(("", "k", "m", "g", "t"))}
 _UNITS |= {f"{p}ib": 1024**i for i, p in enumerate("kmgt", start=1)}
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*([a-z]*)", re.ASCII)
@@ -101,6 +103,9 @@ class CacheConfig(Checked):
         default=None, converter=as_optional_int, metadata=integer(low=1, optional=True)
     )
     """Number of blocks, in place of either budget."""
+    kv_cache_dtype: str = attrs.field(default="auto", metadata=one_of(*KV_CACHE_DTYPES))
+    """Numbers that keys and values are stored in: ``auto`` is the model's dtype; ``fp8`` is float8 (e4m3), half the
+    bytes of 16-bit numbers, on CUDA devices that have it."""
     swap_space: int = attrs.field(default=0, converter=as_bytes, metadata=_size(low=0))
     """Host memory for swapped-out sequences, in bytes; accepts ``"4GiB"``; 0 for none."""
     enable_prefix_caching: bool = attrs.field(default=False, metadata=boolean())

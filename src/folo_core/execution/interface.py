@@ -39,6 +39,8 @@ class ModelInfo:
     num_parameters: int = 0
     quantization: str | None = None
     """``int8`` or ``int4`` where the weights were rounded to it at load, else None."""
+    kv_cache_dtype: str | None = None
+    """``fp8`` where keys and values are stored in float8, None where they are in ``dtype``."""
     weight_bytes: int = 0
     """Bytes that all weights take in memory as they are stored; 0 where the loader does not say."""
     batch_invariant: bool = False

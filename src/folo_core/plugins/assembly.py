@@ -36,6 +36,9 @@ DEMO_MISSING = (
 BATCH_INVARIANT = "batch-invariant"
 """Capability of an attention backend of which each row is the same bits in any step; ``deterministic`` needs it."""
 
+FP8_KV = "fp8-kv"
+"""Capability of an attention backend that stores keys and values in float8; ``kv_cache_dtype="fp8"`` needs it."""
+
 
 def build_components(config: EngineConfig, registry: Registry) -> Components:
     """Load the model and build every part that the configuration names.
@@ -212,6 +215,13 @@ def _check_kept(config: EngineConfig, info: ModelInfo) -> None:
             f"{info.quantization or info.dtype}: name a loader that quantises, such as hf, or leave quantization out"
         )
         raise ConfigError(message)
+    asked = config.cache.kv_cache_dtype
+    if asked not in {"auto", info.kv_cache_dtype}:
+        message = (
+            f"cache.kv_cache_dtype: {asked!r}: the loader of model {config.model.model!r} wants keys and values in "
+            f"{info.kv_cache_dtype or info.dtype}: name a loader that rounds them, such as hf, or leave it 'auto'"
+        )
+        raise ConfigError(message)
     _check_invariant(config, info)
 
 
@@ -233,23 +243,37 @@ def _choose_backend(config: EngineConfig, info: ModelInfo, registry: Registry) -
         if reason is not None:
             message = f"attention: {config.model.attention!r}: cannot serve {info.dtype} on {info.device}: {reason}"
             raise ConfigError(message)
-        if config.deterministic and not _is_invariant(part):
-            names = [repr(p.name) for p in registry.all("attention_backends") if _is_invariant(p)]
-            message = (
-                f"attention: {config.model.attention!r}: lacks the capability {BATCH_INVARIANT!r}, which deterministic "
-                f"needs: leave it 'auto' or give {' or '.join(names) or 'a backend that has it'}"
-            )
-            raise ConfigError(message)
+        _check_capabilities(config, part, registry)
         return part
     able = [p for p in registry.all("attention_backends") if p.spec.supports(info.device, info.dtype) is None]
     task = f"serve {info.dtype} on {info.device}"
-    if config.deterministic:
-        able, task = list(filter(_is_invariant, able)), f"{task} deterministically"
+    for capability, (_, how) in _needed(config).items():
+        able, task = [p for p in able if capability in p.spec.capabilities], f"{task} {how}"
     return _best(able, "attention_backends", task, "attention")
 
 
-def _is_invariant(part: Part) -> bool:
-    return BATCH_INVARIANT in part.spec.capabilities
+def _needed(config: EngineConfig) -> dict[str, tuple[str, str]]:
+    """Capabilities that an attention backend must have, each with the option that wants it and what it does."""
+    needed = {}
+    if config.deterministic:
+        needed[BATCH_INVARIANT] = ("deterministic", "deterministically")
+    if config.cache.kv_cache_dtype == "fp8":
+        needed[FP8_KV] = ("kv_cache_dtype='fp8'", "with keys and values in float8")
+    return needed
+
+
+def _check_capabilities(config: EngineConfig, part: Part, registry: Registry) -> None:
+    """Refuse an attention backend named by the user that lacks what other options need of it."""
+    for capability, (option, _) in _needed(config).items():
+        if capability in part.spec.capabilities:
+            continue
+        able = [p for p in registry.all("attention_backends") if capability in p.spec.capabilities]
+        names = " or ".join(repr(p.name) for p in able) or "a backend that has it"
+        message = (
+            f"attention: {config.model.attention!r}: lacks the capability {capability!r}, which {option} needs: "
+            f"leave it 'auto' or give {names}"
+        )
+        raise ConfigError(message)
 
 
 def _choose_executor(config: EngineConfig, registry: Registry) -> Part:

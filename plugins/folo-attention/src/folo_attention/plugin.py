@@ -126,6 +126,6 @@ def folo_attention_backends() -> Sequence[AttentionBackendSpec]:
             factory=_build_triton,
             supports=_triton_supports,
             priority=10,
-            capabilities=frozenset({"gqa", "sliding_window", "softcap"}),
+            capabilities=frozenset({"fp8-kv", "gqa", "sliding_window", "softcap"}),
         ),
     ]

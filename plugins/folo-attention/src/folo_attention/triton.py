@@ -21,7 +21,8 @@ class TritonBackend:
     """``AttentionBackend`` and ``SwappingBackend`` over ``DeviceBlocks``.
 
     A model may write keys and values itself, within a kernel of its own, and then call :meth:`attend`: ``blocks`` is
-    where they lie. No call waits for the device, and what a captured step launches depends on its rows alone.
+    where they lie, divided by their layer's scales. No call waits for the device, and what a captured step launches
+    depends on its rows alone.
     """
 
     wants_device_metadata = False
@@ -49,7 +50,12 @@ class TritonBackend:
         """Allocate zeroed blocks for each layer (see ``AttentionBackend``)."""
         shapes = [
             LayerShape(
-                kv_heads=s.num_kv_heads, key_size=s.head_size, value_size=s.v_head_size or s.head_size, dtype=s.dtype
+                kv_heads=s.num_kv_heads,
+                key_size=s.head_size,
+                value_size=s.v_head_size or s.head_size,
+                dtype=s.dtype,
+                key_scale=s.k_scale,
+                value_scale=s.v_scale,
             )
             for s in specs
         ]
@@ -112,7 +118,14 @@ class TritonBackend:
         plan = metadata.plan
         if not isinstance(plan, StagedPlan):
             raise TypeError(f"metadata.plan: {type(plan).__name__}: give what plan() returned for this step")
-        scoring = Scoring(scale=scale, window=sliding_window, softcap=softcap)
+        shape = self.blocks.shapes[layer]
+        scoring = Scoring(
+            scale=scale,
+            window=sliding_window,
+            softcap=softcap,
+            k_scale=shape.key_scale,
+            v_scale=shape.value_scale,
+        )
         return self.attention.attend(layer, query, plan, scoring, out, pdl=pdl)
 
     def copy_blocks(self, sources: list[int], destinations: list[int]) -> None:

@@ -39,6 +39,7 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads, for every
 Seed = Annotated[int, typer.Option(help="Draws prompts and lengths.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 Quantization = Annotated[str | None, typer.Option(help="int8, int4 or fp8: round Folo's weights.")]
+KVCacheDtype = Annotated[str, typer.Option("--kv-cache-dtype", help="auto, or fp8: keep Folo's keys and values in it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -93,10 +94,12 @@ def throughput(
     seed: Seed = 0,
     dtype: Dtype = "auto",
     quantization: Quantization = None,
+    kv_cache_dtype: KVCacheDtype = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Output tokens per second of many requests at once."""
-    llm = _open(model, dtype, quantization, threads, requests)
+    numbers = {"dtype": dtype, "quantization": quantization, "kv_cache_dtype": kv_cache_dtype}
+    llm = _open(model, numbers, threads, requests)
     ranges = _range(prompt_tokens), _range(output_tokens)
     workload = Workload.draw(seed, requests, *ranges, llm.engine.components.model_info.vocab_size)
     contestants = [Contestant("folo", lambda w: _folo(llm, w))]
@@ -126,10 +129,12 @@ def latency(
     seed: Seed = 0,
     dtype: Dtype = "auto",
     quantization: Quantization = None,
+    kv_cache_dtype: KVCacheDtype = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Milliseconds to the first token, and for each further token, of one request alone."""
-    llm = _open(model, dtype, quantization, threads, 1)
+    numbers = {"dtype": dtype, "quantization": quantization, "kv_cache_dtype": kv_cache_dtype}
+    llm = _open(model, numbers, threads, 1)
     sizes = (prompt_tokens, prompt_tokens), (output_tokens, output_tokens)
     workload = Workload.draw(seed, 1, *sizes, llm.engine.components.model_info.vocab_size)
     contestants = [Contestant("folo", lambda w: _folo(llm, w))]
@@ -147,14 +152,17 @@ def latency(
     _print(report | _compare(whole), as_json=as_json)
 
 
-def _open(model: str, dtype: str, quantization: str | None, threads: int | None, requests: int) -> LLM:
-    """Load the model. Threads are set, and bound to cores, before torch is imported: for all contestants alike."""
+def _open(model: str, numbers: dict[str, str | None], threads: int | None, requests: int) -> LLM:
+    """Load the model, to run in these numbers.
+
+    Threads are set, and bound to cores, before torch is imported: for all contestants alike.
+    """
     os.environ.setdefault("OMP_PROC_BIND", "true")
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
     from folo_core.llm import LLM
 
-    return LLM(model=model, dtype=dtype, quantization=quantization, max_num_seqs=max(requests, 64))
+    return LLM(model=model, max_num_seqs=max(requests, 64), **numbers)
 
 
 def _open_peer(llm: LLM, name: str) -> Peer:
@@ -267,6 +275,7 @@ def _describe(llm: LLM, workload: Workload, measured: dict[str, Measurement]) ->
         "parameters": info.num_parameters,
         "dtype": info.dtype,
         "quantization": info.quantization,
+        "kv_cache_dtype": info.kv_cache_dtype,
         "weight_bytes": info.weight_bytes,
         "device": info.device,
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),

@@ -42,13 +42,20 @@ def chat(
     seed: options.Seed = None,
     dtype: options.Dtype = "auto",
     quantization: options.Quantization = None,
+    kv_cache_dtype: options.KVCacheDtype = "auto",
     max_model_len: options.MaxModelLen = None,
 ) -> None:
     """Talk with a model. Type /help inside."""
     params = options.sampling_params(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
     )
-    llm = options.open_model(model, dtype=dtype, quantization=quantization, max_model_len=max_model_len)
+    llm = options.open_model(
+        model,
+        dtype=dtype,
+        quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
+        max_model_len=max_model_len,
+    )
     talk = Conversation(llm, params, system)
     _enable_line_editing()
     print(_style(f"{model} is ready. /help lists commands, Ctrl-D leaves.", "2"))  # noqa: T201 (the terminal is the product)

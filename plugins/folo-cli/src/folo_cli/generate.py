@@ -36,6 +36,7 @@ def generate(
     stop: options.Stop = None,
     dtype: options.Dtype = "auto",
     quantization: options.Quantization = None,
+    kv_cache_dtype: options.KVCacheDtype = "auto",
     max_model_len: options.MaxModelLen = None,
     prompts_file: Annotated[Path | None, typer.Option("--file", "-f", help="One prompt a line.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON lines here.")] = None,
@@ -49,7 +50,13 @@ def generate(
     params = options.strategy_params(strategy, fields, max_tokens=max_tokens, **flags)
     sink = None if output is None else output.open("w", encoding="utf-8")
     try:
-        llm = options.open_model(model, dtype=dtype, quantization=quantization, max_model_len=max_model_len)
+        llm = options.open_model(
+            model,
+            dtype=dtype,
+            quantization=quantization,
+            kv_cache_dtype=kv_cache_dtype,
+            max_model_len=max_model_len,
+        )
         inputs = [llm.apply_chat_template([{"role": "user", "content": t}]) if chat else t for t in texts]
         started = time.perf_counter()
         if len(texts) == params.n == 1 and sink is None and not as_json:

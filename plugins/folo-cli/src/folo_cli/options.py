@@ -34,6 +34,9 @@ Fields = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 Quantization = Annotated[str | None, typer.Option(help="int8, int4 or fp8: round the weights, to read fewer bytes.")]
+KVCacheDtype = Annotated[
+    str, typer.Option("--kv-cache-dtype", help="auto, or fp8: keep keys and values in float8, on CUDA devices.")
+]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest sequence, in tokens.")]
 
 PROCESS_DEFAULTS = {

@@ -111,6 +111,8 @@ class DeviceDecoder:
         self.is_rounded = ends.head.low_bit is not None or any(layer.is_rounded for layer in layers)
         self.thin_rows = 0 if self.is_rounded else THIN_ROWS
         """Rows up to which products are thin ones; 0 for none: rounded weights have products of their own."""
+        self.scales: list[tuple[float, float]] = [(1.0, 1.0)] * len(self._layers)
+        """Each layer's: what keys and values are divided by as they are written (see ``KVCacheSpec``)."""
         device = ends.embedding.device
         self.pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= PDL_CAPABILITY
         """Launch each kernel of a thin step while its predecessor still runs; larger steps gain nothing by it."""
@@ -188,6 +190,7 @@ class DeviceDecoder:
         if self._backend is None:
             raise RuntimeError("bind() a backend with blocks before a step")
         layer, blocks = self._layers[index], self._backend.blocks
+        key_scale, value_scale = self.scales[index]
         query = qkv.new_empty(len(qkv), layer.heads, layer.size)
         pdl = self.pdl and len(qkv) <= self.thin_rows
         self._kernels.rotate_and_store(
@@ -201,6 +204,8 @@ class DeviceDecoder:
             query_norm=layer.query_norm,
             key_norm=layer.key_norm,
             epsilon=layer.epsilon,
+            key_scale=key_scale,
+            value_scale=value_scale,
             pdl=pdl,
         )
         attended = self._backend.attend(index, query, metadata, **self._calls[index], pdl=pdl)

@@ -29,6 +29,7 @@ from folo_hf.positions import position_limit, settle_rope
 from folo_hf.probe import probe
 from folo_hf.quiet import quiet
 from folo_hf.remembered import Memory, recall
+from folo_hf.rounded_kv import check_fp8_kv, with_rounded_kv
 from folo_hf.screening import load_config, screen
 from folo_hf.source import Kind, check_weights, locate, weight_names
 from folo_hf.swift import swift_loading
@@ -59,6 +60,7 @@ class HfLoader:
     def __init__(self, config: EngineConfig, hardware: HardwareProbe | None = None) -> None:
         self._config = config.model
         self._deterministic = config.deterministic
+        self._rounds_kv = config.cache.kv_cache_dtype == "fp8"
         self._hardware = hardware or TorchProbe()
 
     @cached_property
@@ -71,6 +73,8 @@ class HfLoader:
     def _weights(self) -> Format:
         """How weights are stored, once nothing speaks against it."""
         device, dtype = self._placement
+        if self._rounds_kv:
+            check_fp8_kv(device, dtype, self._hardware)
         if self._low_bit is not None:
             return Format.FLOAT32  # what passes for CUDA round is none of the kernels for a CPU
         return weight_format(self._config.quantization, device, dtype, deterministic=self._deterministic)
@@ -115,7 +119,8 @@ class HfLoader:
         """The model on its device in its resolved dtype (see ``ModelLoader``).
 
         Raises:
-            ConfigError: ``deterministic`` or ``quantization`` is on, and the device or the dtype does not allow it.
+            ConfigError: ``deterministic``, ``quantization`` or ``kv_cache_dtype`` asks for what the device or the
+                dtype does not allow.
             ModelLoadError: the model cannot be loaded.
             UnsupportedModelError: it cannot run through paged attention, or not deterministically.
         """
@@ -142,6 +147,8 @@ class HfLoader:
             memory.keep(module, shape, plain_names=plain, decoder_tried=decoder is not None and decoder.is_whole)
             limit = position_limit(module.config, self._config.max_model_len)
             on_device = self._device_decoder(module, bridge, shape, limit)
+            if self._rounds_kv:
+                shape = with_rounded_kv(shape, on_device)
             guard = settle(module, bridge) if self._deterministic else contextlib.nullcontext
         except BaseException:
             bridge.release()
@@ -157,6 +164,7 @@ class HfLoader:
             eos_token_ids=_eos_token_ids(module),
             num_parameters=num_parameters,
             quantization=self._config.quantization,
+            kv_cache_dtype="fp8" if self._rounds_kv else None,
             weight_bytes=weight_bytes(module),
             batch_invariant=self._deterministic,
         )

@@ -41,6 +41,8 @@ class ModelShape:
     calls: list[AttentionCall]
     """What each layer asks for."""
     vocab_size: int
+    peaks: list[tuple[float, float]] = attrs.field(factory=list)
+    """Largest magnitude of each layer's keys and of its values, of the probe's tokens; empty if they were not asked."""
 
 
 @attrs.define(slots=True)
@@ -50,6 +52,11 @@ class _LayerTrace:
     calls: int = 0
     pieces: dict[int, tuple[torch.Tensor, torch.Tensor]] = attrs.field(factory=dict)
     """Keys and values so far of each probe sequence."""
+
+    def peaks(self) -> tuple[float, float]:
+        """Largest magnitude of its keys, and of its values."""
+        keys, values = zip(*self.pieces.values(), strict=True)
+        return float(torch.cat(keys).abs().max()), float(torch.cat(values).abs().max())
 
 
 class DenseTarget:
@@ -139,6 +146,7 @@ def probe(model: PreTrainedModel, bridge: AttentionBridge) -> ModelShape:
         layers={key: index for index, key in enumerate(target.traces)},
         calls=[trace.call for trace in traces],
         vocab_size=packed.shape[-1],
+        peaks=[trace.peaks() for trace in traces],
     )
 
 

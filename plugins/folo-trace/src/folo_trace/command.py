@@ -89,6 +89,7 @@ def trace(  # noqa: PLR0913, PLR0917 (as many options as the command has)
     chat: Annotated[bool, typer.Option("--chat", help="Wrap each prompt in the model's chat template.")] = False,  # noqa: FBT002 (a flag)
     dtype: options.Dtype = None,
     quantization: options.Quantization = None,
+    kv_cache_dtype: options.KVCacheDtype = None,
     max_model_len: options.MaxModelLen = None,
     block_size: options.BlockSize = None,
     num_blocks: options.NumBlocks = None,
@@ -113,6 +114,7 @@ def trace(  # noqa: PLR0913, PLR0917 (as many options as the command has)
         model=model,
         dtype=dtype,
         quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
         max_model_len=max_model_len,
         block_size=block_size,
         num_blocks=num_blocks,

@@ -22,6 +22,9 @@ Seed = Annotated[int | None, typer.Option(help="Fixes the random choices.")]
 PromptsFile = Annotated[Path | None, typer.Option("--file", "-f", help="One prompt a line.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, float16 or bfloat16.")]
 Quantization = Annotated[str | None, typer.Option(help="int8, int4 or fp8: round the weights, to read fewer bytes.")]
+KVCacheDtype = Annotated[
+    str | None, typer.Option("--kv-cache-dtype", help="auto, or fp8: keep keys and values in float8, on CUDA devices.")
+]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest sequence, in tokens.")]
 BlockSize = Annotated[int | None, typer.Option(help="Tokens in a KV block.")]
 NumBlocks = Annotated[int | None, typer.Option(help="KV blocks on the device; few of them make requests yield.")]

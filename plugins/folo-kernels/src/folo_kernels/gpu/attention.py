@@ -81,11 +81,12 @@ HOPPER = Configs(
 
 
 def configs_for(capability: tuple[int, int], head_size: int, dtype: torch.dtype) -> Configs:
-    """Pick configurations by a device's compute capability, the larger head size and the dtype of queries.
+    """Pick configurations by a device's compute capability, the larger head size and the dtype of keys and values.
 
-    Shared memory decides: a processor has 227 KiB from 9.0 on, and as little as 99 KiB on some 8.x.
+    Shared memory decides: a processor has 227 KiB from 9.0 on, and as little as 99 KiB on some 8.x. Tiles of float8
+    count as those of 16 bits, which they become before they are multiplied.
     """
-    tile_bytes = tile(head_size) * dtype.itemsize
+    tile_bytes = tile(head_size) * max(2, dtype.itemsize)
     is_large = capability[0] >= 9  # noqa: PLR2004 (Hopper and later)
     stages, rows = (3, 64) if is_large else (2, 32)
     # Tiles of float32 are split into parts for tensor cores, which takes room as well.
@@ -113,7 +114,7 @@ class Scoring:
     """A token sees itself and the ``window - 1`` tokens before it."""
     softcap: float | None = None
     k_scale: float = 1.0
-    """What stored keys are multiplied by."""
+    """What stored keys are multiplied by: the ``key_scale`` of the layer's shape."""
     v_scale: float = 1.0
 
     def arguments(self) -> tuple[float, float, float, int]:
@@ -215,8 +216,15 @@ def prefill(operands: Operands, plan: StagedPlan, scoring: Scoring, config: Pref
     )  # fmt: skip
 
 
-def store_kv(
-    key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+def store_kv(  # noqa: PLR0913 (a layer's tensors)
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slots: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
 ) -> None:
     """Write new keys and values into their slots of a layer's blocks, in one launch.
 
@@ -226,6 +234,8 @@ def store_kv(
         slots: int64 ``[tokens]``: ``block * block_size + offset``.
         keys: ``[num_blocks, kv_heads, block_size, key_size]``.
         values: ``[num_blocks, kv_heads, block_size, value_size]``.
+        key_scale: what is written is ``key / key_scale``; for keys stored in float8.
+        value_scale: as key_scale.
     """
     _, kv_heads, block_size, key_size = keys.shape
     value_size = values.shape[3]
@@ -233,6 +243,7 @@ def store_kv(
         return
     kernels.store_kernel[(len(slots),)](
         key, value, slots, keys, values, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+        1 / key_scale, 1 / value_scale,
         KV_HEADS=kv_heads, HEADS_TILE=1 << (kv_heads - 1).bit_length(), KEY_SIZE=key_size, VALUE_SIZE=value_size,
         KEY_TILE=tile(key_size), VALUE_TILE=tile(value_size), BLOCK_SIZE=block_size, num_warps=4,
     )  # fmt: skip
@@ -285,7 +296,9 @@ class PagedAttention:
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
         """Write new keys and values of a layer into their slots."""
-        store_kv(_unit(key), _unit(value), slots, self.blocks.keys[layer], self.blocks.values[layer])
+        blocks, shape = self.blocks, self.blocks.shapes[layer]
+        scales = {"key_scale": shape.key_scale, "value_scale": shape.value_scale}
+        store_kv(_unit(key), _unit(value), slots, blocks.keys[layer], blocks.values[layer], **scales)
 
     def attend(  # noqa: PLR0913 (what attention depends on)
         self,

@@ -2,7 +2,8 @@
 
 Keys and values of a layer lie in ``[num_blocks, kv_heads, block_size, size]``. Query heads that share a KV head are
 rows of one tile, so that keys are read once for all of them. Scores are kept in units of log2, because the device
-has an instruction for powers of two. Sizes in capitals are known when a kernel is compiled.
+has an instruction for powers of two. Sizes in capitals are known when a kernel is compiled. Keys and values stored in
+float8 are widened to the queries' dtype as they are read; their scales are factors on scores and on the output.
 
 Where a row's keys were cut into several items, the program that ends last merges their partial results: it is the one
 that counts the last of them. With PDL, a kernel is launched while its predecessor still runs, and waits for it before
@@ -15,6 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from folo_kernels.gpu.rounding_kernels import store_rounded
 
 FIELDS = tl.constexpr(8)
 """int32 numbers of an item and of a row (see ``plan``)."""
@@ -368,10 +371,11 @@ def prefill_kernel(
 @triton.jit
 def store_kernel(
     key, value, slots, keys, values, key_stride, key_head_stride, value_stride, value_head_stride,
+    key_factor, value_factor,
     KV_HEADS: tl.constexpr, HEADS_TILE: tl.constexpr, KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
     KEY_TILE: tl.constexpr, VALUE_TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Program ``i``: write token ``i``'s keys and values of all heads into its slot."""
+    """Program ``i``: write token ``i``'s keys and values of all heads, times their factors, into its slot."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token)
     head = tl.arange(0, HEADS_TILE)
@@ -379,8 +383,8 @@ def store_kernel(
     feature = tl.arange(0, KEY_TILE)[None, :]
     mask = (head < KV_HEADS)[:, None] & (feature < KEY_SIZE)
     new = tl.load(key + token * key_stride + head[:, None] * key_head_stride + feature, mask=mask)
-    tl.store(keys + cell[:, None] * KEY_SIZE + feature, new.to(keys.dtype.element_ty), mask=mask)
+    store_rounded(keys + cell[:, None] * KEY_SIZE + feature, new.to(tl.float32) * key_factor, mask)
     feature = tl.arange(0, VALUE_TILE)[None, :]
     mask = (head < KV_HEADS)[:, None] & (feature < VALUE_SIZE)
     new = tl.load(value + token * value_stride + head[:, None] * value_head_stride + feature, mask=mask)
-    tl.store(values + cell[:, None] * VALUE_SIZE + feature, new.to(values.dtype.element_ty), mask=mask)
+    store_rounded(values + cell[:, None] * VALUE_SIZE + feature, new.to(tl.float32) * value_factor, mask)

@@ -22,6 +22,9 @@ class LayerShape:
     key_size: int
     value_size: int
     dtype: torch.dtype
+    key_scale: float = 1.0
+    """What stored keys are multiplied by when they are read, and new ones divided by; other than 1 for float8."""
+    value_scale: float = 1.0
 
 
 def upload(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
@@ -82,12 +85,12 @@ class DeviceBlocks:
         if not blocks:
             return
         index = upload(blocks, self.device)
-        for pool in self._pools.values():
+        for pool in map(_as_numbers, self._pools.values()):
             pool.index_fill_(1, index, 0)
 
     def _copy(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
         source, destination = upload([*sources, *destinations], self.device).split(len(sources))
-        for pool in self._pools.values():
+        for pool in map(_as_numbers, self._pools.values()):
             pool.index_copy_(1, destination, pool.index_select(1, source))
 
 
@@ -96,3 +99,10 @@ def _pool(
 ) -> torch.Tensor:
     kv_heads, size, dtype = kind
     return torch.zeros((count, num_blocks, kv_heads, block_size, size), dtype=dtype, device=device)
+
+
+def _as_numbers(pool: torch.Tensor) -> torch.Tensor:
+    """See float8 as integers, as wide as a head's features fill: torch moves no float8 by index."""
+    if pool.element_size() > 1:
+        return pool
+    return pool.view(torch.int64 if pool.shape[-1] % 8 == 0 else torch.uint8)

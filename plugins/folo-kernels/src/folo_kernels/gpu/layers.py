@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from folo_kernels.gpu.rounding_kernels import store_rounded
+
 if TYPE_CHECKING:
     import torch
 
@@ -35,9 +37,6 @@ GATED_BLOCK = 1024
 
 MOST_THIN_ROWS = 16
 """Rows beyond which a thin product is no longer one."""
-
-FP8_LARGEST = tl.constexpr(448.0)
-"""Of float8 e4m3."""
 
 
 @attrs.frozen(slots=True, kw_only=True)
@@ -432,16 +431,8 @@ def _put(
 ):  # fmt: skip
     """Write each head's features where they belong."""
     tl.store(query + feature, x.to(query.dtype.element_ty), mask & is_query)
-    _store_scaled(keys + feature, x * key_factor, mask & is_key)
-    _store_scaled(values + feature, x * value_factor, mask & is_value)
-
-
-@triton.jit
-def _store_scaled(place, x, mask):
-    """Write numbers, those that are too large for float8 as its largest."""
-    if place.dtype.element_ty.primitive_bitwidth == 8:  # noqa: PLR2004 (bits of float8)
-        x = tl.minimum(tl.maximum(x, -FP8_LARGEST), FP8_LARGEST)
-    tl.store(place, x.to(place.dtype.element_ty), mask)
+    store_rounded(keys + feature, x * key_factor, mask & is_key)
+    store_rounded(values + feature, x * value_factor, mask & is_value)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Rows rounded to float8, as the products of low-bit weights take them."""
+"""Numbers rounded to float8: rows for the products of low-bit weights, keys and values for their blocks."""
 
 from __future__ import annotations
 
@@ -36,6 +36,15 @@ def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             x, rounded, scales, x.stride(0), features, BLOCK=block, num_warps=8 if block >= WIDE else 4
         )
     return rounded, scales
+
+
+@triton.jit
+def store_rounded(place, x, mask):
+    """Write float32 numbers in the dtype of their place; those too large for float8 as its largest, NaN as NaN."""
+    if place.dtype.element_ty.primitive_bitwidth == 8:  # noqa: PLR2004 (bits of float8)
+        x = tl.maximum(x, -LARGEST, propagate_nan=tl.PropagateNan.ALL)
+        x = tl.minimum(x, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(place, x.to(place.dtype.element_ty), mask)
 
 
 @triton.jit
