@@ -1,7 +1,8 @@
-"""What rounding weights to 8 or 4 bits costs in quality, and what it saves in bytes and time.
+"""What rounding weights, or keys and values, to 8 or 4 bits costs in quality, and saves in bytes and time.
 
 ``python bench/quantization.py [--model PATH] [--only size,quality,speed] [--json]`` loads the model in float32, int8
-and int4 into one process; with ``--device cuda`` in bfloat16, fp8 and int4, where the size is what the loader says.
+and int4 into one process; with ``--device cuda`` in bfloat16, fp8, int4 and with keys and values in float8 (kv-fp8),
+where the size is what the loader says. ``--formats`` takes some of them.
 Perplexity is taken over windows of Python's own help topics (``pydoc_data.topics``, prose and code that ship with the
 standard library). Greedy answers are compared with those of the weights as they were. Speeds are told as ratios to
 theirs, round by round, since a machine's speed drifts.
@@ -34,21 +35,23 @@ if TYPE_CHECKING:
 
     from folo_kernels.matrix import PackedMatrix
 
-FORMATS = {"cpu": ("float32", "int8", "int4"), "cuda": ("bfloat16", "fp8", "int4")}
-"""By device: the dtype of the weights as they were, then what rounds them."""
+FORMATS = {"cpu": ("float32", "int8", "int4"), "cuda": ("bfloat16", "fp8", "int4", "kv-fp8", "fp8+kv-fp8")}
+"""By device: the dtype of the weights as they were, then what rounds them, or keys and values, or both."""
 PARTS = ("size", "quality", "speed")
 WINDOW = 1024
 ROWS = 32
 
 
-def open_model(name: str, device: str, quantization: str) -> LLM:
+def open_model(name: str, device: str, kind: str) -> LLM:
     """Load the model; the device's first format is no quantisation."""
     exact = FORMATS[device][0]
+    parts = kind.split("+")
     return LLM(
         name,
         dtype=exact,
         device=device,
-        quantization=None if quantization == exact else quantization,
+        quantization=next((part for part in parts if part not in {exact, "kv-fp8"}), None),
+        kv_cache_dtype="fp8" if "kv-fp8" in parts else "auto",
         max_model_len=WINDOW + 1,
         max_num_seqs=64,
         max_num_batched_tokens=WINDOW,
@@ -168,13 +171,16 @@ def times_as_fast(seconds: dict[str, list[float]], name: str) -> float:
 
 def report(options: argparse.Namespace) -> dict[str, Any]:
     """Measure what was asked for."""
-    models = {name: open_model(options.model, options.device, name) for name in FORMATS[options.device]}
+    exact_name, *others = FORMATS[options.device]
+    names = [exact_name, *(name for name in others if options.formats is None or name in options.formats)]
+    models = {name: open_model(options.model, options.device, name) for name in names}
     exact = next(iter(models.values()))
     results: dict[str, Any] = {name: {} for name in models}
     told: dict[str, Any] = {"model": options.model, "device": options.device, "formats": results}
     if "size" in options.only:
         for name, llm in models.items():
-            stored = {"weight_bytes": llm.engine.components.model_info.weight_bytes}
+            info = llm.engine.components.model_info
+            stored = {"weight_bytes": info.weight_bytes, "kv_bytes_per_token": info.kv_bytes_per_token}
             results[name] |= size(llm, exact) if options.device == "cpu" else stored
     if "quality" in options.only:
         texts, digest = windows(exact, options.windows)
@@ -212,6 +218,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What quantised weights cost and save.")
     parser.add_argument("--model", default="demo", help="alias, folder, GGUF file or hub id")
     parser.add_argument("--device", choices=FORMATS, default="cpu", help="where to compute (default cpu)")
+    parser.add_argument("--formats", type=lambda text: text.split(","), help="some of the device's, beside its first")
     parser.add_argument("--only", type=lambda text: text.split(","), default=PARTS, help="of size,quality,speed")
     parser.add_argument("--windows", type=int, default=10, help=f"windows of {WINDOW} tokens for the perplexity")
     parser.add_argument("--answer-tokens", type=int, default=64, help="tokens of each greedy answer")

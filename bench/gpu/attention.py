@@ -7,6 +7,8 @@ the one that the device gets by itself. All calls run over enough layers that no
 one before. Those that decode are captured in a graph; prompts are not, as in an engine.
 
     python bench/gpu/attention.py --json attention.json
+
+With ``--kv-dtype fp8`` keys and values lie in float8, and half the bytes are counted.
 """
 
 from __future__ import annotations
@@ -175,10 +177,12 @@ class Model:
     kv_heads: int
     head_size: int
     dtype: torch.dtype
+    stored: torch.dtype
+    """Of keys and values."""
 
     def bytes_per_token(self) -> int:
         """Bytes of a token's keys and values in a layer."""
-        return 2 * self.kv_heads * self.head_size * self.dtype.itemsize
+        return 2 * self.kv_heads * self.head_size * self.stored.itemsize
 
 
 class Bench:
@@ -191,13 +195,14 @@ class Bench:
         per_layer = work.tokens_read() * model.bytes_per_token()
         self.layers = min(MOST_LAYERS, max(2, -(-COLD_BYTES // per_layer)))
         shape = LayerShape(
-            kv_heads=model.kv_heads, key_size=model.head_size, value_size=model.head_size, dtype=model.dtype
+            kv_heads=model.kv_heads, key_size=model.head_size, value_size=model.head_size, dtype=model.stored
         )
         self.blocks = DeviceBlocks([shape] * self.layers, num_blocks, BLOCK_SIZE, DEVICE)
         # A generator of its own: one that took part in a capture which failed cannot be used again.
         numbers = torch.Generator(DEVICE)
         for cache in self.blocks.tensors():
-            cache.normal_(generator=numbers)
+            # Torch draws no float8.
+            cache.copy_(torch.empty_like(cache, dtype=model.dtype).normal_(generator=numbers))
         tokens = int(work.query_start[-1])
         shape_of_query = (tokens, model.heads, model.head_size)
         self.query = torch.empty(shape_of_query, device=DEVICE, dtype=model.dtype).normal_(generator=numbers)
@@ -402,12 +407,14 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-size", type=int, default=128)
+    parser.add_argument("--kv-dtype", choices=["bfloat16", "fp8"], default="bfloat16", help="of keys and values")
     parser.add_argument("--only", choices=["decode", "prefill"])
     parser.add_argument("--match", default="", help="run the workloads whose name contains this")
     parser.add_argument("--most", type=int, default=4, help="configurations shown per workload")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    model = Model(options.heads, options.kv_heads, options.head_size, torch.bfloat16)
+    stored = torch.float8_e4m3fn if options.kv_dtype == "fp8" else torch.bfloat16
+    model = Model(options.heads, options.kv_heads, options.head_size, torch.bfloat16, stored)
     best = machine()
     name = torch.cuda.get_device_name()
     copied, computed = best["bytes_per_second"], best["flops_per_second"]

@@ -77,7 +77,7 @@ def logits_of(model, decoder, specs):
     from folo_attention.triton import TritonBackend
 
     model.device_decoder, model.kv_cache_specs = decoder, specs
-    return PagedDecoder(model, backend=TritonBackend(max_rows=8)).run([PROMPTS[0][:9]], 1)[1][0].float()
+    return PagedDecoder(model, backend=TritonBackend(max_rows=8)).run([PROMPTS[0][:5]], 1, chunk=4)[1][0].float()
 
 
 def distance(one, other):
