@@ -77,7 +77,7 @@ def logits_of(model, decoder, specs):
     from folo_attention.triton import TritonBackend
 
     model.device_decoder, model.kv_cache_specs = decoder, specs
-    return PagedDecoder(model, backend=TritonBackend(max_rows=8)).run([PROMPTS[0][:5]], 1, chunk=4)[1][0].float()
+    return PagedDecoder(model, backend=TritonBackend(max_rows=8)).run([PROMPTS[0][:3]], 1, chunk=2)[1][0].float()
 
 
 def distance(one, other):
@@ -91,14 +91,19 @@ def distance(one, other):
         pytest.param("cuda", torch.bfloat16, id="cuda", marks=pytest.mark.gpu),
     ],
 )
-def test_fused_kernels_store_what_the_backend_stores(device, dtype, tmp_path):
+def test_fused_kernels_store_what_the_backend_stores(device, dtype, tmp_path, monkeypatch):
     """The decoder writes keys and values itself, other forwards have the backend write them: by the same scales."""
     triton_runs(device)
     from folo_hf.device_decoder import device_decoder
 
     module, bridge, shape = probed(tmp_path, "qwen3", dtype)
     module.to(device)
+    if device == "cpu":
+        monkeypatch.setattr(
+            "folo_hf.device_decoder._try", lambda *_: 0.0
+        )  # of other tests, and slow in the interpreter
     decoder = device_decoder(module, bridge, shape, 64)
+    decoder.thin_rows = 0
     rounded = with_rounded_kv(shape, decoder)
     assert all(scale != 1 for scales in decoder.scales for scale in scales)
     model = HfLoadedModel(module, bridge, rounded, info=None)
