@@ -75,7 +75,7 @@ HOPPER = Configs(
     decode=DecodeConfig(block_n=64, shared_rows=32, shared_block_n=32, num_warps=2, num_stages=3),
     few=DecodeConfig(block_n=32, shared_rows=32, shared_block_n=32, num_warps=4, num_stages=5),
     single=DecodeConfig(block_n=128, shared_rows=32, shared_block_n=32, num_warps=4, num_stages=2),
-    prefill=PrefillConfig(block_m=128, block_n=64, num_warps=8, num_stages=3),
+    prefill=PrefillConfig(block_m=64, block_n=64, num_warps=4, num_stages=3),
 )
 """What was measured to be fast for up to 128 features of 16 bits from compute capability 9.0 on."""
 
