@@ -62,7 +62,7 @@ def _as_tuple(token_ids: Iterable[int]) -> tuple[int, ...]:
     return tuple(token_ids)
 
 
-@attrs.define(slots=True, on_setattr=[])  # a fork sets each attribute, and the prompt is a tuple by then
+@attrs.define(slots=True, on_setattr=attrs.setters.NO_OP)  # a fork sets each, and the prompt is a tuple by then
 class SequenceData:
     """Token ids and their cumulative log probability: pure data, serialisable.
 

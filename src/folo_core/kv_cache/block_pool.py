@@ -86,8 +86,9 @@ class BlockPool:
             message = f"{count} blocks wanted, {self.num_available} of {self.num_usable} free"
             raise OutOfBlocksError(message)
         blocks = [self._free.popleft() for _ in range(min(count, len(self._free)))]
-        # A beginning is evicted from its end. Ascending, its blocks are a run again, which attention reads in place.
-        blocks += sorted(self._evict() for _ in range(count - len(blocks)))
+        if len(blocks) < count:
+            # A beginning is evicted from its end. Ascending, its blocks are a run, which attention reads in place.
+            blocks += sorted(self._evict() for _ in range(count - len(blocks)))
         for block in blocks:
             self._references[block] = 1
         return blocks
@@ -117,13 +118,19 @@ class BlockPool:
         Raises:
             BlockPoolError: one of them is free or null; nothing has changed.
         """
+        references, unheld = self._references, list[int]()
         for block in blocks:
-            if block == NULL_BLOCK or (self._references[block] < 1 and block not in self._cached):
+            count = references[block] = references[block] + 1
+            if count == 1:
+                unheld.append(block)
+        for block in unheld:
+            if block not in self._cached:
+                for counted in blocks:
+                    references[counted] -= 1
                 message = f"block {block} is free: only a block that somebody holds can be shared"
                 raise BlockPoolError(message)
-        for block in blocks:
-            self._references[block] += 1
-            self._cached.pop(block, None)
+        for block in unheld:
+            del self._cached[block]
 
     def release(self, blocks: Sequence[int]) -> None:
         """Drop one reference from each block; those that reach zero become cached or free.
@@ -133,25 +140,39 @@ class BlockPool:
         Raises:
             BlockPoolError: one would drop below zero (a double free); nothing has changed.
         """
-        # A table names no block twice, and then there is nothing to count.
-        counts = Counter(blocks) if len(set(blocks)) < len(blocks) else dict.fromkeys(blocks, 1)
-        for block, drops in counts.items():
-            if block == NULL_BLOCK or self._references[block] < drops:
-                message = f"block {block} freed {drops} times but referenced {self._references[block]} times"
-                raise BlockPoolError(message)
-        kept = []
+        references, unused = self._references, list[int]()
         for block in blocks:
-            self._references[block] -= 1
-            if self._references[block]:
-                continue
-            if self.index is not None and block in self.index:
-                kept.append(block)
-            else:
-                self._free.append(block)
-        for block in reversed(kept):
-            self._cached[block] = None
+            left = references[block] = references[block] - 1
+            if left < 1:
+                unused.append(block)
+        if not unused:
+            return
+        if min(map(references.__getitem__, unused)) < 0:
+            for block in blocks:
+                references[block] += 1
+            raise BlockPoolError(self._overdrawn(blocks))
+        self._retire(unused)
+
+    def _overdrawn(self, blocks: Sequence[int]) -> str:
+        """Name a block among ``blocks`` that is dropped more often than it is held; so is the null block."""
+        drops = Counter(blocks)
+        block = next(block for block in blocks if self._references[block] < drops[block])
+        return f"block {block} freed {drops[block]} times but referenced {self._references[block]} times"
+
+    def _retire(self, unused: list[int]) -> None:
+        """Keep those blocks, which nobody references now, that the index knows, and free the others."""
+        index = self.index
+        if index is None:
+            self._free += unused
+            return
+        self._free += [block for block in unused if block not in index]
+        self._cached |= dict.fromkeys(block for block in reversed(unused) if block in index)
         while len(self._cached) > self.most_cached:
             self._free.append(self._evict())
+
+    def leave(self, block: int) -> None:
+        """Drop one reference to a block that others hold too."""
+        self._references[block] -= 1
 
     def forget(self, block: int) -> None:
         """Drop what the index knows about a block; if it was cached, it is free afterwards."""

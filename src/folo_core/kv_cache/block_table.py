@@ -48,11 +48,12 @@ class BlockTable:
             OutOfBlocksError: the pool has too few; nothing has changed.
         """
         tail = self.shared_tail() if count else None
-        fresh = self.pool.allocate(self.missing_blocks(count) + (tail is not None))
+        wanted = self.missing_blocks(count) + (tail is not None)
+        fresh = self.pool.allocate(wanted) if wanted else []
         copy = None
         if tail is not None:
             copy = (tail, fresh.pop(0))
-            self.pool.release([tail])
+            self.pool.leave(tail)
             self.blocks[-1] = copy[1]
         elif count and self.num_tokens % self.block_size:
             # Cut back into a block that was full: what the index says of it is about to become untrue.
@@ -94,6 +95,8 @@ class BlockTable:
         child.adopt(self.blocks, self.num_tokens)
         return child
 
-    def release(self) -> None:
-        """Drop every reference and forget all tokens."""
-        self.truncate(0)
+    def release(self) -> list[int]:
+        """Drop every reference, forget all tokens, and return the blocks that were held."""
+        held, self.blocks, self.num_tokens = self.blocks, [], 0
+        self.pool.release(held)
+        return held

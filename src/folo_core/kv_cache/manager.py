@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING
 
 import attrs
@@ -156,9 +155,14 @@ class KVCacheManager:
             None instead of the list if the pool has too few blocks, and then nothing has changed.
         """
         tables = [self._table(sequence) for sequence in sequences]
-        needed = sum(map(BlockTable.missing_blocks, tables, counts))
-        writing = [table for table, count in zip(tables, counts, strict=True) if count]
-        if needed + self._copies_needed(writing) > self.pool.num_available:
+        needed, writers = 0, dict[int, int]()
+        for table, count in zip(tables, counts, strict=True):
+            needed += table.missing_blocks(count)
+            if count and (tail := table.shared_tail()) is not None:
+                writers[tail] = writers.get(tail, 0) + 1
+        # The last holder of a shared block writes in place.
+        needed += sum(min(count, self.pool.references(tail) - 1) for tail, count in writers.items())
+        if needed > self.pool.num_available:
             return None
         return [table.append_tokens(count) for table, count in zip(tables, counts, strict=True)]
 
@@ -180,11 +184,7 @@ class KVCacheManager:
         if self.swap is not None and sequence.host_blocks:
             self.swap.drop(sequence.host_blocks)
             sequence.host_blocks = []
-        if table is None:
-            return []
-        held = table.blocks.copy()
-        table.release()
-        return held
+        return [] if table is None else table.release()
 
     # --- to the host and back ---------------------------------------------------------------------------------------
 
@@ -259,8 +259,3 @@ class KVCacheManager:
         if sequence.block_table is None:
             sequence.block_table = BlockTable(self.pool, self.block_size)
         return sequence.block_table
-
-    def _copies_needed(self, tables: list[BlockTable]) -> int:
-        """Count the tail copies these writes cause: the last holder of a shared block writes in place."""
-        writers = Counter(tail for table in tables if (tail := table.shared_tail()) is not None)
-        return sum(min(count, self.pool.references(tail) - 1) for tail, count in writers.items())

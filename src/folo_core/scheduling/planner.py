@@ -231,7 +231,9 @@ class StepPlanner:
             table, computed = sequence.block_table, sequence.num_computed_tokens + 1
             if table is None or computed != sequence.data.num_tokens + sequence.num_pending:
                 return False
-            if sequence.draft_token_ids or not table.has_place() or request.has_all_tokens(sequence):
+            if sequence.draft_token_ids or not table.has_place():
+                return False
+            if sequence.num_pending and request.has_all_tokens(sequence):
                 return False
         for sequence in live:
             sequence.block_table.append_in_place()  # type: ignore[union-attr]  # looked at above
@@ -244,7 +246,8 @@ class StepPlanner:
         live = request.live
         if live[0].num_pending and any(map(request.has_all_tokens, live)):
             return True  # its last tokens are on their way
-        counts = self._token_counts([s.num_ahead + len(s.draft_token_ids) - s.num_computed_tokens for s in live])
+        wanted = [s.data.num_tokens + s.num_pending + len(s.draft_token_ids) - s.num_computed_tokens for s in live]
+        counts = self._token_counts(wanted)
         if counts is None:
             return True
         if self._grant(request, live, counts):
