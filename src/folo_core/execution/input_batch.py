@@ -15,6 +15,7 @@ from folo_core.attention.interface import AttentionMetadata
 from folo_core.execution.transfer import to_device
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from collections.abc import Sequence as SequenceOf
 
     from numpy.typing import NDArray
@@ -23,15 +24,10 @@ if TYPE_CHECKING:
     from folo_core.scheduling.interface import Fork, NewSequence, SchedulerOutput
 
 _COLUMNS = {
-    "temperature": np.float32,
-    "top_k": np.int64,
-    "top_p": np.float32,
-    "min_p": np.float32,
-    "seeds": np.int64,
-    "sequence_indices": np.int64,
-    "scores": np.float32,
-    "tags": np.int64,
+    np.float32: ("temperature", "top_p", "min_p", "scores"),
+    np.int64: ("top_k", "seeds", "sequence_indices", "tags"),
 }
+"""The sampling columns. Those of one type lie in one array, and are copied and gathered at once."""
 
 
 PENDING = -1
@@ -94,9 +90,9 @@ class InputBatch:
         self.num_tokens = np.zeros(capacity, dtype=np.int64)
         self.num_computed = np.zeros(capacity, dtype=np.int64)
         self.block_tables = np.zeros((capacity, -(-(max_model_len + 1) // block_size)), dtype=np.int32)
-        self.columns: dict[str, NDArray[Any]] = {
-            name: np.zeros(capacity, dtype=dtype) for name, dtype in _COLUMNS.items()
-        }
+        self._tables: list[NDArray[Any]] = [np.zeros((len(n), capacity), dtype=dtype) for dtype, n in _COLUMNS.items()]
+        """The columns of each type, ``[columns, capacity]``; ``columns`` are views of these, by name."""
+        self.columns: dict[str, NDArray[Any]] = _by_name(self._tables)
         self.requests: list[Request | None] = [None] * capacity
         self.histories: list[list[int] | None] = [None] * capacity
         self.keeps_history = np.zeros(capacity, dtype=np.bool_)
@@ -109,6 +105,7 @@ class InputBatch:
         """Which time it is that each slot was taken, over all slots: what was noted of an earlier owner is void."""
         self._slots: dict[int, int] = {}
         self._free = list(range(capacity - 1, -1, -1))
+        self._device_tables: list[torch.Tensor] = []
         self._device_columns: dict[str, torch.Tensor] = {}
         self._changed: set[int] = set()
         """Slots of which the device does not know the columns yet."""
@@ -132,18 +129,37 @@ class InputBatch:
         self._write_params(slot, request, new.index, new.score, new.tag)
         self._keep_history(slot, new.token_ids if keep_history else None)
 
-    def fork(self, fork: Fork, request: Request, *, keep_history: bool) -> None:
-        """Give a fork a slot: its parent's row up to the fork, then its own tokens."""
-        parent = self._slots[fork.parent_id]
-        slot = self._claim(fork.child_id)
-        length, total = fork.num_tokens, fork.num_tokens + len(fork.tail)
-        self.token_ids[slot, :length] = self.token_ids[parent, :length]
-        self.token_ids[slot, length:total] = fork.tail
-        self.num_tokens[slot] = total
-        self.num_computed[slot] = fork.num_computed
-        self.set_blocks(fork.child_id, 0, fork.blocks)
+    def fork(self, forks: SequenceOf[Fork]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Give forks slots: their parents' rows up to the fork, then their own tokens, and the parents' parameters.
+
+        Returns:
+            The parents' slots and the forks', int64 ``[len(forks)]``.
+        """
+        parents = self.slots_of([fork.parent_id for fork in forks])
+        slots = np.array([self._claim(fork.child_id) for fork in forks], dtype=np.int64)
+        ends = [fork.num_tokens for fork in forks]
+        longest = max(ends)
+        self.token_ids[slots, :longest] = self.token_ids[parents, :longest]
+        for fork, slot, end in zip(forks, slots.tolist(), ends, strict=True):
+            self.token_ids[slot, end : end + len(fork.tail)] = fork.tail
+            self.block_tables[slot, : len(fork.blocks)] = fork.blocks
+        self.num_tokens[slots] = [end + len(fork.tail) for fork, end in zip(forks, ends, strict=True)]
+        self.num_computed[slots] = [fork.num_computed for fork in forks]
+        for table in self._tables:
+            table[:, slots] = table[:, parents]
+        self.columns["sequence_indices"][slots] = [fork.index for fork in forks]
+        self.columns["scores"][slots] = [fork.score for fork in forks]
+        self.columns["tags"][slots] = [fork.tag for fork in forks]
+        self.judges_prompt[slots] = self.judges_prompt[parents]
+        for slot, parent in zip(slots.tolist(), parents.tolist(), strict=True):
+            self.requests[slot] = self.requests[parent]
+            self._keep_own_history(slot, keep=self.histories[parent] is not None)
+        return parents, slots
+
+    def give(self, slot: int, request: Request, fork: Fork, *, keep_history: bool) -> None:
+        """Make a fork's slot another request's than its parent's, whose parameters count from here on."""
         self._write_params(slot, request, fork.index, fork.score, fork.tag)
-        self._keep_history(slot, self.token_ids[slot, :total].tolist() if keep_history else None)
+        self._keep_own_history(slot, keep=keep_history)
 
     def remove(self, seq_id: int) -> None:
         """Free a sequence's slot; unknown ids are ignored, since a sequence may end before it ever ran."""
@@ -155,9 +171,14 @@ class InputBatch:
         self._free.append(slot)
         self.version += 1
 
-    def set_blocks(self, seq_id: int, first: int, blocks: list[int]) -> None:
-        """Overwrite block table entries from ``first`` on."""
-        self.block_tables[self._slots[seq_id], first : first + len(blocks)] = blocks
+    def set_blocks(self, changes: Mapping[int, tuple[int, list[int]]]) -> None:
+        """Overwrite block table entries: of each sequence from the first on that changed (``new_blocks`` of a step)."""
+        rows, places, values = list[int](), list[int](), list[int]()
+        for seq_id, (first, blocks) in changes.items():
+            rows += [self._slots[seq_id]] * len(blocks)
+            places += range(first, first + len(blocks))
+            values += blocks
+        self.block_tables[rows, places] = values
 
     def append(self, slots: NDArray[np.int64], tokens: NDArray[np.int64]) -> None:
         """Store sampled tokens, ``[rows, k]`` with -1 as padding, behind each slot's newest token.
@@ -213,11 +234,11 @@ class InputBatch:
         self, slots: NDArray[np.int64], scores: NDArray[np.float32] | None, tags: NDArray[np.int64] | None
     ) -> None:
         """Store what strategies keep with their rows."""
-        for name, values in (("scores", scores), ("tags", tags)):
-            if values is not None:
-                self.columns[name][slots] = values
-                self._changed.update(slots.tolist())
-                self.version += 1
+        if scores is None and tags is None:
+            return
+        self.note_state(slots, scores, tags)
+        self._changed.update(slots.tolist())
+        self.version += 1
 
     def keep_state(self, slots: torch.Tensor, scores: torch.Tensor | None, tags: torch.Tensor | None) -> None:
         """As ``set_state``, for values that the device alone knows; ``note_state`` tells the host of them later."""
@@ -232,6 +253,10 @@ class InputBatch:
         for name, values in (("scores", scores), ("tags", tags)):
             if values is not None:
                 self.columns[name][slots] = values
+
+    def _keep_own_history(self, slot: int, *, keep: bool) -> None:
+        own = self.token_ids[slot, : self.num_tokens[slot]].tolist() if keep else None
+        self._keep_history(slot, own)
 
     def _keep_history(self, slot: int, history: list[int] | None) -> None:
         self.histories[slot] = history
@@ -283,17 +308,18 @@ class InputBatch:
 
     def gather_columns(self, slots: NDArray[np.int64]) -> dict[str, torch.Tensor]:
         """Return the sampling parameters of these slots as device tensors ``[len(slots)]``, plus ``slots``."""
-        if not self._device_columns:
-            self._device_columns = {name: to_device(c.copy(), self.device) for name, c in self.columns.items()}
+        if not self._device_tables:
+            self._device_tables = [to_device(table.copy(), self.device) for table in self._tables]
+            self._device_columns = _by_name(self._device_tables)
         elif self._changed:
             # No more than what changed: of the other slots the device may know more than the host.
             changed = np.fromiter(self._changed, dtype=np.int64)
             where = to_device(changed, self.device)
-            for name, column in self._device_columns.items():
-                column.index_copy_(0, where, to_device(self.columns[name][changed], self.device))
+            for known, table in zip(self._device_tables, self._tables, strict=True):
+                known.index_copy_(1, where, to_device(table[:, changed], self.device))
         self._changed.clear()
         index = to_device(slots, self.device)
-        return {name: column[index] for name, column in self._device_columns.items()} | {"slots": index}
+        return _by_name([known.index_select(1, index) for known in self._device_tables]) | {"slots": index}
 
     def _claim(self, seq_id: int) -> int:
         slot = self._slots[seq_id] = self._free.pop()
@@ -316,3 +342,9 @@ class InputBatch:
         columns["sequence_indices"][slot] = index
         columns["scores"][slot] = score
         columns["tags"][slot] = tag
+
+
+def _by_name(tables: SequenceOf[Any]) -> dict[str, Any]:
+    """Return the rows of an array or tensor for each type, by the names of the columns that they are."""
+    named = zip(_COLUMNS.values(), tables, strict=True)
+    return {name: column for names, table in named for name, column in zip(names, table, strict=True)}

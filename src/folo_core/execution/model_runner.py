@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from folo_core.execution.parts import NamedPart
     from folo_core.request import Request
     from folo_core.sampling_params import SamplingParams
-    from folo_core.scheduling.interface import SchedulerOutput
+    from folo_core.scheduling.interface import Fork, SchedulerOutput
 
 
 class ModelRunner:
@@ -142,10 +142,8 @@ class ModelRunner:
 
     def _edit_batch(self, scheduled: SchedulerOutput, result: StepResult) -> None:
         """Bring slots, block tables and blocks up to date, in the order that SchedulerOutput promises."""
-        for fork in scheduled.forks:
-            request = self.requests[fork.request_id]
-            self.batch.fork(fork, request, keep_history=self.stage.needs_history(request))
-            self.stage.assign(int(self.batch.slots_of([fork.child_id])[0]), request)
+        if scheduled.forks:
+            self._fork(scheduled.forks)
         for seq_id in scheduled.released:
             self.batch.remove(seq_id)
         self._swap(scheduled, result)
@@ -153,10 +151,20 @@ class ModelRunner:
             request = self.requests[new.request_id]
             self.batch.add(new, request, keep_history=self.stage.needs_history(request))
             self.stage.assign(int(self.batch.slots_of([new.seq_id])[0]), request)
-        for seq_id, (first, blocks) in scheduled.new_blocks.items():
-            self.batch.set_blocks(seq_id, first, blocks)
+        if scheduled.new_blocks:
+            self.batch.set_blocks(scheduled.new_blocks)
         if scheduled.copy_sources:
             self.backend.copy_blocks(scheduled.copy_sources, scheduled.copy_destinations)
+
+    def _fork(self, forks: list[Fork]) -> None:
+        """Give forks slots: nearly all go on as rows of their parent's request, some as requests of their own."""
+        parents, slots = self.batch.fork(forks)
+        self.stage.inherit(slots, parents)
+        for fork, slot in zip(forks, slots.tolist(), strict=True):
+            request = self.requests[fork.request_id]
+            if self.batch.requests[slot] is not request:
+                self.batch.give(slot, request, fork, keep_history=self.stage.needs_history(request))
+                self.stage.assign(slot, request)
 
     def _logits_wanted(self, step: PackedStep, rows: SampledRows) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
         """Return the packed tokens whose logits are wanted, and (row of the step, count) for prompt logprobs.

@@ -123,6 +123,12 @@ class SamplingStage:
         for row, processor in enumerate(self.processors):
             self._slot_uses[row, slot] = processor.part.applies(request.params)
 
+    def inherit(self, slots: NDArray[np.int64], parents: NDArray[np.int64]) -> None:
+        """Have the sequences in ``slots`` served as those in ``parents`` are."""
+        for known in (self._slot_sampler, self._slot_logprobs, self._steady_from):
+            known[slots] = known[parents]
+        self._slot_uses[:, slots] = self._slot_uses[:, parents]
+
     def steady_after(self, sampler: str, params: SamplingParams) -> int | None:
         """Return from how many output tokens on requests of these parameters may run ahead; None for never."""
         part = self.samplers[sampler].part
@@ -359,6 +365,8 @@ class SamplingStage:
         if host.is_plain and not raw:
             plain = zip(request_ids, host.tokens.tolist(), strict=True)
             return [RequestSample(name, _NOUGHT, [row], _NOUGHT, is_plain=True) for name, row in plain]
+        if not raw and host.metadata.drafts is None and (samples := host.samples()) is not None:
+            return samples
         kept = self._kept_drafts(host, rows)
         tokens = [
             mine + [token for token in row if token >= 0] for mine, row in zip(kept, host.tokens.tolist(), strict=True)
@@ -368,9 +376,7 @@ class SamplingStage:
         for child, parent in enumerate(host.parents.tolist()):
             children[request_ids[parent]].append(child)
         idle = [request_id for request_id, mine in children.items() if mine and not any(tokens[row] for row in mine)]
-        if idle:
-            message = f"requests {idle}: no row appends a token, so they would never end: hold some rows, not all"
-            raise ValueError(message)
+        _check_none_is_idle(idle)
         sequences = (np.cumsum(rows.offsets == 0) - 1).tolist()
         firsts = {request_id: sequences[row] for row, request_id in reversed(list(enumerate(request_ids)))}
         parents = [sequences[row] for row in host.parents.tolist()]
@@ -556,12 +562,38 @@ class _HostOutput:
         identity = metadata.drafts is None and len(parents) == rows and bool((parents == np.arange(rows)).all())
         return cls(parents=parents, tokens=tokens, identity=identity, metadata=metadata, **columns)
 
+    def samples(self) -> list[RequestSample] | None:
+        """Return one sample for each request of a step without drafts; None if a request's rows are not together."""
+        spans = self.metadata.groups
+        request_of = np.repeat(np.arange(len(spans)), [len(span) for _, span in spans])[self.parents]
+        if (request_of[1:] < request_of[:-1]).any():
+            return None
+        ends = np.searchsorted(request_of, np.arange(len(spans)), side="right").tolist()
+        parents, tokens, nought = self.parents.tolist(), self.tokens.tolist(), [0] * len(self.parents)
+        if self.tokens.min(initial=0) < 0:
+            tokens = [[token for token in row if token >= 0] for row in tokens]
+        lists = {"stated" if name == "logprobs" else name: column for name, column in self.lists.items()}
+        samples, start = [], 0
+        for (request_id, span), end in zip(spans, ends, strict=True):
+            mine = [parent - span.start for parent in parents[start:end]]
+            columns: dict[str, Any] = {name: column[start:end] for name, column in lists.items()}
+            samples.append(RequestSample(request_id, mine, tokens[start:end], nought[start:end], **columns))
+            start = end
+        _check_none_is_idle([s.request_id for s in samples if s.tokens and not any(s.tokens)])
+        return samples
+
     def columns(self, children: list[int]) -> dict[str, Any]:
         """Return what a sample keeps of the optional columns, for these rows."""
         found = {name: [column[child] for child in children] for name, column in self.lists.items()}
         if "logprobs" in found:
             found["stated"] = found.pop("logprobs")
         return found
+
+
+def _check_none_is_idle(request_ids: list[str]) -> None:
+    if request_ids:
+        message = f"requests {request_ids}: no row appends a token, so they would never end: hold some rows, not all"
+        raise ValueError(message)
 
 
 @functools.cache
