@@ -21,7 +21,7 @@ from folo_core.errors import FoloError, RequestError, StepOutOfMemoryError, Step
 from folo_core.execution.interface import StepResult
 from folo_core.kv_cache.manager import KVCacheManager
 from folo_core.scheduling.costs import PreemptionCosts
-from folo_core.scheduling.interface import Fork, SchedulerState, ServiceScheduler, StepBudget
+from folo_core.scheduling.interface import Fork, SchedulerOutput, SchedulerState, ServiceScheduler, StepBudget
 from folo_core.sequence import SequenceStatus
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from folo_core.outputs import RequestOutput
     from folo_core.request import Request
     from folo_core.sampling_params import SamplingParams
-    from folo_core.scheduling.interface import SchedulerOutput
     from folo_core.sequence import Sequence
 
 logger = logging.getLogger(__name__)
@@ -210,7 +209,7 @@ class Engine:
         started = time.perf_counter()
         outputs: list[RequestOutput] = []
         try:
-            scheduled = self._schedule()
+            scheduled = SchedulerOutput() if self._must_wait() else self._schedule()
         except Exception as error:  # noqa: BLE001 (a scheduler plugin may raise anything)
             fault = self.components.scheduler.fault("scheduler", error)
             return self._end_all(list(self.requests.values()), SequenceStatus.FINISHED_ERROR, fault)
@@ -237,6 +236,15 @@ class Engine:
             BlockPoolError: they do not balance.
         """
         self.state.kv.check_integrity(s for request in self.requests.values() for s in request.live)
+
+    def _must_wait(self) -> bool:
+        """Whether all there is to do depends on the step in flight: then asking the scheduler would be in vain."""
+        if not self._in_flight or self.state.waiting or self._released or self._forks or self._zero_blocks:
+            return False
+        scheduled = self._in_flight[-1].scheduled
+        if scheduled.scheduled != self.state.running or not all(scheduled.samples):
+            return False
+        return all(request.steady_after is None for request in self.state.running)
 
     def _schedule(self) -> SchedulerOutput:
         self.state.kv.begin_step()
@@ -416,7 +424,6 @@ class Engine:
         request.metrics.num_draft_tokens += sample.num_drafts
         request.metrics.num_accepted_tokens += sum(sample.kept)
         for row, sequence in enumerate(rows):
-            self._settle_row(sequence, sample, row)
             status = self.outputs.append(request, sequence, sample, row)
             if status is None and sample.finished is not None and sample.finished[row]:
                 status = SequenceStatus.FINISHED_STOPPED
@@ -456,17 +463,22 @@ class Engine:
         """Arrange the live sequences as the sampler says: each new row continues the row it names.
 
         The first child of a row goes on in its parent's place, further ones are forks, rows without a child end.
+        Every row is settled then.
         """
         old = request.live.copy()
         if sample.parents == list(range(len(old))):
+            for row, sequence in enumerate(old):
+                self._settle_row(sequence, sample, row)
             return old
         rows: list[Sequence] = []
-        used: set[int] = set()
+        first_child: dict[int, int] = {}
         for row, parent in enumerate(sample.parents):
-            rows.append(self._fork(request, old[parent], sample, row) if parent in used else old[parent])
-            used.add(parent)
+            goes_on = first_child.setdefault(parent, row) == row
+            rows.append(old[parent] if goes_on else self._fork(request, old[parent], sample, row))
         for row, sequence in enumerate(old):
-            if row not in used:
+            if row in first_child:  # not before its forks are made, which may keep more of what it has computed
+                self._settle_row(sequence, sample, first_child[row])
+            else:
                 sequence.transition(SequenceStatus.FINISHED_ABORTED)
                 self._release(sequence)
         request.live[:] = rows
@@ -509,7 +521,7 @@ class Engine:
         Drafts that were not kept are forgotten; a row that appends nothing will run its newest token again. What
         steps in flight compute beyond this one stays.
         """
-        valid = sequence.num_ahead + sample.kept[row] - (not sample.tokens[row])
+        valid = sequence.data.num_tokens + sequence.num_pending + sample.kept[row] - (not sample.tokens[row])
         if valid < sequence.num_computed_tokens:
             self.state.kv.truncate(sequence, valid)
         if sample.scores is not None:
