@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import attrs
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -246,12 +247,13 @@ class Step:
 
     def columns(self) -> list[torch.Tensor]:
         """Return parents, tokens, logprobs, scores, tags and whether they end. The stream must have come so far."""
-        there = self.chosen[:, :, 0] >= 0
-        ends = torch.arange(self.chosen.shape[1]).expand(there.shape) >= self.chosen.shape[1] // 2
-        row, token, numbers = self.chosen[there].T.clone(memory_format=torch.contiguous_format)
-        halves = numbers.view(torch.float32).view(-1, 2)  # little-endian: the low half comes first
-        parents = torch.tensor(self.rows)[row]
-        return [parents, token, halves[:, 0], halves[:, 1], torch.ones_like(token), ends[there]]
+        chosen = self.chosen.numpy()
+        search, slot = (chosen[:, :, 0] >= 0).nonzero()
+        row, token, numbers = np.ascontiguousarray(chosen[search, slot].T)
+        halves = numbers.view(np.float32).reshape(-1, 2)  # little-endian: the low half comes first
+        parents, ends = np.array(self.rows, dtype=np.int64)[row], slot >= chosen.shape[1] // 2
+        found = (parents, token, halves[:, 0], halves[:, 1], np.ones_like(token), ends)
+        return [torch.from_numpy(column) for column in found]
 
 
 def _to_device(values: list[list[float]], device: torch.device) -> torch.Tensor:

@@ -6,14 +6,13 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import attrs
+import torch
 
 from folo_beam.constraints import Banks
 from folo_beam.steps import advance
 from folo_core.sampling.interface import SamplerOutput
 
 if TYPE_CHECKING:
-    import torch
-
     from folo_beam.params import BeamParams
     from folo_core.request import Request
     from folo_core.sampling.metadata import SamplingMetadata
@@ -87,9 +86,10 @@ class BeamSampler:
         for request_id, rows in metadata.groups:
             search = self._searches[request_id]
             shapes.setdefault(search.shape, []).append((search, rows))
-        parents, tokens, logprobs, scores, tags, ended = advance(logits, metadata, list(shapes.values()))
-        order = parents.argsort(stable=True)  # which is by request, and of a row's children first the one to go on
+        # The engine reads all this on the host, where sorting a few numbers costs least.
+        columns = [column.cpu().numpy() for column in advance(logits, metadata, list(shapes.values()))]
+        order = columns[0].argsort(kind="stable")  # by request, and of a row's children first the one to go on
+        parents, tokens, logprobs, scores, tags, ends = (torch.from_numpy(column[order]) for column in columns)
         return SamplerOutput(
-            parents=parents[order], tokens=tokens[order, None], logprobs=logprobs[order, None], scores=scores[order],
-            tags=tags[order], finished=ended[order],
-        )  # fmt: skip
+            parents=parents, tokens=tokens[:, None], logprobs=logprobs[:, None], scores=scores, tags=tags, finished=ends
+        )

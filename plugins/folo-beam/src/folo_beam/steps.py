@@ -28,7 +28,7 @@ def advance(
         if logits.is_cuda:
             torch.cuda.current_stream(logits.device).synchronize()  # the one wait: for the copies of all steps
         parts = [step.columns() if step else [c.cpu() for c in part] for step, part in zip(steps, parts, strict=True)]
-    return [torch.cat(column) for column in zip(*parts, strict=True)]
+    return parts[0] if len(parts) == 1 else [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
 def _start(logits: torch.Tensor, metadata: SamplingMetadata, members: list[tuple[Search, range]]) -> Step | None:
