@@ -112,7 +112,9 @@ def test_what_is_imported_is_required(folder):
     """Third-party modules that a distribution imports are among its own requirements, not its neighbours'."""
     provided = {"huggingface_hub": "huggingface-hub", "tomli_w": "tomli-w"}
     own = folder.name.replace("-", "_") if folder != ROOT else "folo_core"
-    optional = {"pytest", "hypothesis"}  # of folo_core.testing, which only test suites import
+    # Pytest and hypothesis are of folo_core.testing, which only test suites import; triton of kernels for CUDA devices:
+    # it comes with torch where torch supports them.
+    optional = {"pytest", "hypothesis", "triton"}
     standard = set(__import__("sys").stdlib_module_names)
     imported = set()
     for path in (folder / "src" / own).rglob("*.py"):

@@ -14,7 +14,8 @@ from folo_core.sampling.interface import Distribution
 from folo_core.sampling_params import SamplingParams
 from folo_core.testing.builders import make_metadata, make_request
 from folo_sampling import masks, random
-from folo_sampling.random import RandomSampler, draw
+from folo_sampling.random import RandomSampler
+from folo_sampling.tensors import draw
 
 CPU = torch.device("cpu")
 

@@ -396,7 +396,9 @@ class Engine:
         now = time.monotonic()
         requests, dropped = self.requests, flight.dropped
         known = [s for s in result.samples if s.request_id in requests and s.request_id not in dropped]
-        outputs += [self._apply(requests[s.request_id], flight.remaining(s), now) for s in known]
+        if flight.groups:
+            known = [flight.remaining(sample) for sample in known]
+        outputs += [self._apply(requests[sample.request_id], sample, now) for sample in known]
         self._learn_costs(flight.scheduled, result, time.perf_counter() - started)
         self.reporter.on_step(flight.scheduled, result, started)
         return [output for output in outputs if output is not None]

@@ -66,11 +66,21 @@ class BlockTable:
         """Whether one more token takes no block: the last one is not full, and nobody else holds it."""
         return self.num_tokens % self.block_size != 0 and self.pool.references(self.blocks[-1]) == 1
 
-    def append_in_place(self) -> None:
-        """Make room for one more token where the table ``has_place``, as ``append_tokens(1)`` would."""
-        if self.pool.index is not None:
-            self.pool.forget(self.blocks[-1])
+    def append_in_place(self) -> bool:
+        """Make room for one more token where the table ``has_place``, as ``append_tokens(1)`` would.
+
+        Returns:
+            False where it has none, and then nothing has changed.
+        """
+        if self.num_tokens % self.block_size == 0:
+            return False
+        tail, pool = self.blocks[-1], self.pool
+        if pool.references(tail) > 1:
+            return False
+        if pool.index is not None:
+            pool.forget(tail)
         self.num_tokens += 1
+        return True
 
     def truncate(self, num_tokens: int) -> None:
         """Forget every token past ``num_tokens``, and return the blocks that no longer hold any."""

@@ -231,12 +231,13 @@ class StepPlanner:
             table, computed = sequence.block_table, sequence.num_computed_tokens + 1
             if table is None or computed != sequence.data.num_tokens + sequence.num_pending:
                 return False
-            if sequence.draft_token_ids or not table.has_place():
+            if sequence.draft_token_ids or (sequence.num_pending and request.has_all_tokens(sequence)):
                 return False
-            if sequence.num_pending and request.has_all_tokens(sequence):
+            if len(live) > 1 and not table.has_place():
                 return False
         for sequence in live:
-            sequence.block_table.append_in_place()  # type: ignore[union-attr]  # looked at above
+            if not sequence.block_table.append_in_place():  # type: ignore[union-attr]  # looked at above
+                return False
             self._note_row(request, sequence, 1)
         self._note_request(request, len(live))
         return True
