@@ -77,42 +77,50 @@ NEEDS_FLOAT8 = pytest.mark.skipif(
 )
 
 
+def worst_choice(folder: Path, prompts: list[list[int]], outputs: list[Any]) -> float:
+    """How far the worst token of all answers lies below the likeliest after the tokens before it.
+
+    In standard deviations of float32's logits: a token at random is two or three below.
+    """
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    worst = 0.0
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert output.error is None
+        answer = torch.tensor(output.outputs[0].token_ids)
+        with torch.no_grad():
+            logits = reference(torch.tensor([[*prompt, *answer.tolist()]])).logits[0, len(prompt) - 1 : -1]
+        below = logits.amax(-1) - logits.gather(-1, answer[:, None])[:, 0]
+        worst = max(worst, float((below / logits.std(-1)).max()))
+    return worst
+
+
 @NEEDS_FLOAT8
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
-def test_keys_and_values_in_float8_change_few_tokens(name: str, graphs: bool, tmp_path: Path) -> None:  # noqa: FBT001
+def test_keys_and_values_in_float8_choose_likely_tokens(name: str, graphs: bool, tmp_path: Path) -> None:  # noqa: FBT001
     save_model(tmp_path, ARCHITECTURES[name]())
-    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=0)
-    found = []
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    block_bytes = []
     for kind in ("auto", "fp8"):
         llm = open_llm(tmp_path, dtype="bfloat16", kv_cache_dtype=kind, graphs=graphs)
-        outputs = llm.generate(PROMPTS, params)
-        assert [output.error for output in outputs] == [None] * len(PROMPTS)
-        found.append((llm.engine.components.block_bytes, [output.outputs[0].token_ids for output in outputs]))
+        assert worst_choice(tmp_path, PROMPTS, llm.generate(PROMPTS, params)) < 0.5
+        block_bytes.append(llm.engine.components.block_bytes)
         llm.engine.check_integrity()
-    (wide, exact), (narrow, rounded) = found
-    assert wide == 2 * narrow
-    same = sum(a == b for one, other in zip(exact, rounded, strict=True) for a, b in zip(one, other, strict=True))
-    assert same > 0.25 * sum(map(len, exact)), "random weights decide narrowly, and an answer that parts stays apart"
+    assert block_bytes[0] == 2 * block_bytes[1]
 
 
 @NEEDS_FLOAT8
 def test_keys_and_values_in_float8_are_swapped_and_shared(tmp_path: Path) -> None:
     save_model(tmp_path, ARCHITECTURES["llama"]())
     prompts = [[7] * 16 + [(i * 7 + j * 3) % 90 + 3 for j in range(6 + i % 5)] for i in range(12)]
-    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
-    found = []
-    for memory in ({"num_blocks": 200}, {"num_blocks": 40, "swap_space": "64MiB", "preemption": "swap"}):
-        llm = open_llm(
-            tmp_path, dtype="bfloat16", kv_cache_dtype="fp8", block_size=4, max_num_seqs=12, max_num_batched_tokens=64,
-            enable_prefix_caching=True, **memory,
-        )  # fmt: skip
-        outputs = llm.generate(prompts, params)
-        assert [output.error for output in outputs] == [None] * len(prompts)
-        found.append([output.outputs[0].token_ids for output in outputs])
-        llm.engine.check_integrity()
-    same = sum(a == b for a, b in zip(*found, strict=True))
-    assert same >= len(prompts) - 3, "batches differ, so logits may differ in their last bits, and rarely a token"
+    llm = open_llm(
+        tmp_path, dtype="bfloat16", kv_cache_dtype="fp8", block_size=4, max_num_seqs=12, max_num_batched_tokens=64,
+        enable_prefix_caching=True, num_blocks=40, swap_space="64MiB", preemption="swap",
+    )  # fmt: skip
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True))
+    assert llm.stats().num_swaps >= 1
+    assert worst_choice(tmp_path, prompts, outputs) < 0.5
+    llm.engine.check_integrity()
 
 
 def test_the_cache_is_sized_from_the_devices_memory(tmp_path: Path) -> None:
