@@ -225,7 +225,8 @@ class StepPlanner:
         Returns:
             False for every other case, and then nothing has changed: ``_advance`` knows them all.
         """
-        if self.tokens_left < len(live):
+        count = len(live)
+        if self.tokens_left < count:
             return False
         for sequence in live:
             table, computed = sequence.block_table, sequence.num_computed_tokens + 1
@@ -233,13 +234,13 @@ class StepPlanner:
                 return False
             if sequence.draft_token_ids or (sequence.num_pending and request.has_all_tokens(sequence)):
                 return False
-            if len(live) > 1 and not table.has_place():
+            if count > 1 and not table.has_place():
                 return False
         for sequence in live:
             if not sequence.block_table.append_in_place():  # type: ignore[union-attr]  # looked at above
                 return False
             self._note_row(request, sequence, 1)
-        self._note_request(request, len(live))
+        self._note_request(request, count)
         return True
 
     def _advance(self, request: Request) -> bool:
