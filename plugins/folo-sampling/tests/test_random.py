@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from folo_core.sampling.interface import Distribution
 from folo_core.sampling_params import SamplingParams
 from folo_core.testing.builders import make_metadata, make_request
-from folo_sampling import masks, random
+from folo_sampling import masks, tensors
 from folo_sampling.random import RandomSampler
-from folo_sampling.tensors import draw
+from folo_sampling.tensors import TensorDraws, draw
 
 CPU = torch.device("cpu")
 
@@ -149,7 +149,7 @@ class TestRowsAreIndependent:
     @pytest.mark.parametrize("chunk", [1, 5000, 15_000])
     def test_chunks(self, chunk, monkeypatch):
         expected = step(self.ROWS)
-        monkeypatch.setattr(random, "_HOST_CHUNK", chunk)
+        monkeypatch.setattr(tensors, "_HOST_CHUNK", chunk)
         assert step(self.ROWS) == expected
 
     def test_a_neighbour_gone_wrong(self):
@@ -177,15 +177,15 @@ class TestEveryWayLeadsToTheSameToken:
     def test_short_lists_whole_rows_buckets_and_sorts(self, position, rounding, monkeypatch):
         rows = list(range(48))
         short_calls = []
-        original = RandomSampler._draw_short
+        original = TensorDraws._draw_short
         monkeypatch.setattr(
-            RandomSampler, "_draw_short", lambda *args: short_calls.append(original(*args)) or short_calls[-1]
+            TensorDraws, "_draw_short", lambda *args: short_calls.append(original(*args)) or short_calls[-1]
         )
         expected = step(rows, position, step=rounding)
         assert len(short_calls) == 1
         assert bool(short_calls[0]) == (rounding == 0.5), "ties must have been cut off exactly where there are many"
         whole = RandomSampler(5000, CPU)
-        whole._short_top_k = 0
+        whole._draws._short_top_k = 0
         assert step(rows, position, whole, step=rounding) == expected
         assert len(short_calls) == 1
         monkeypatch.setattr(masks, "_BUCKETS", 10**6)  # rows are narrower, so they are sorted, as on a device
