@@ -235,9 +235,14 @@ class Session:
             new=[new] * len(prompts),
             sampling={"temperature": 0.0},
         )
-        outputs = llm.generate(prompts, measure.params_of(asked), use_tqdm=False)
-        measure.check_lengths(asked, outputs)
-        return prompts, [output.outputs[0].token_ids for output in outputs]
+        together = llm.generate(prompts, measure.params_of(asked), use_tqdm=False)
+        measure.check_lengths(asked, together)
+        # A row that is alone takes other kernels.
+        alone = [
+            llm.generate([prompt], [params], use_tqdm=False)[0]
+            for prompt, params in zip(prompts, measure.params_of(asked), strict=True)
+        ]
+        return prompts * 2, [output.outputs[0].token_ids for output in (*together, *alone)]
 
     def measure(self, llm: LLM, shape: Shape, workload: Workload) -> None:
         """Warm up, then run all rounds; every line is kept as soon as its rounds are done."""
