@@ -273,7 +273,7 @@ def test_tiny_models_run_through_all_workloads_and_checks(harness, tmp_path, cap
     assert all(key in shown for key in keys)
     assert [check["holds"] for check in found["attention"]] == [True] * 4
     for model in "AB":
-        assert found["agreements"][model]["same"] + found["agreements"][model]["ties"] == 24
+        assert found["agreements"][model]["same"] + found["agreements"][model]["ties"] == 48
     assert found["options"] == {"max_num_batched_tokens": 512}
     assert found["unfinished"] is None
     assert traces.read_events(trace)
