@@ -299,6 +299,19 @@ class SamplerConformance(PartConformance):
         for name, sequences in answers.items():
             require(sequences and any(sequences), f"{name}: no answer: {sequences}")
 
+    def test_running_ahead_does_not_matter(self, part: Part) -> None:
+        """Where steps are scheduled before the host has seen the last tokens, every answer stays the same.
+
+        Only requests for which the sampler's ``steady_after`` promises something run ahead.
+        """
+        numbers = self.numbers(part)
+        expected = self.trial(part).add(numbers).run().answers()
+        ahead = self.trial(part, run_ahead=True).add(numbers).run()
+        failed = [f"{name}: {output.error}" for name, output in ahead.final.items() if output.error is not None]
+        require(not failed, f"running ahead ends requests in errors: {failed[:1]}: does steady_after promise too much?")
+        found = difference(expected, ahead.answers(), "in step with the host", "ahead of it")
+        require(not found, f"{found}: running ahead changes the answer: does steady_after promise too much?")
+
     def test_preemption_does_not_matter(self, part: Part) -> None:
         """Short of memory, so that requests are thrown out and computed anew, every answer stays the same."""
         for copies in (1, 2, 4, 8):

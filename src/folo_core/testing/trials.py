@@ -200,7 +200,13 @@ class EngineTrial:
     """A real engine over a fake model, whose every request goes to the sampler under test."""
 
     def __init__(
-        self, part: Part, params: Sequence[SamplingParams], *, num_blocks: int = 2048, new_tokens: int = 10
+        self,
+        part: Part,
+        params: Sequence[SamplingParams],
+        *,
+        num_blocks: int = 2048,
+        new_tokens: int = 10,
+        run_ahead: bool = False,
     ) -> None:
         self.part = part
         self.params = [fit_params(p, number, new_tokens) for number, p in enumerate(params)]
@@ -211,7 +217,8 @@ class EngineTrial:
         # Under a name and a params class of its own it clashes with nothing that is installed.
         spec = SamplerSpec(name="tried", help="under test", factory=self._build, params_type=_TriedParams)
         length = min(self.model.info.max_model_len, num_blocks * _BLOCK_SIZE)
-        components = trial_components(self.model, part, _Offer(spec), num_blocks=num_blocks, max_model_len=length)
+        options = {"num_blocks": num_blocks, "max_model_len": length, "run_ahead": run_ahead}
+        components = trial_components(self.model, part, _Offer(spec), **options)
         name = f"{_PLUGIN}:{spec.name}"
         require(self.samplers, f"{part.qualified_name}: its factory fails in an engine: see the log for the reason")
         claims = dict.fromkeys([*SamplingType, *{type(p) for p in self.params}], (name,))

@@ -53,6 +53,7 @@ FORKING = {
     "never-ends": "starts a row anew whenever it is about to end",
     "undeclared-fork": "forks without saying so",
     "too-wide": "has more rows than it reserves",
+    "not-steady": "says that its rows only go on, and forks",
 }
 
 

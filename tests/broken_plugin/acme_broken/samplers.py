@@ -139,5 +139,10 @@ class UndeclaredFork(HonestFork):
     pass
 
 
+class NotSteady(HonestFork):
+    def steady_after(self, params):
+        return 0
+
+
 class TooWide(HonestFork):
     width = 3
