@@ -118,7 +118,7 @@ def test_a_dry_run_prints_commands_and_runs_none(tmp_path, capsys):
 
 
 def test_lists_of_pip_are_read_in_both_forms():
-    text = "Package Version\n------- -------\nAttrs   25.1\nfolo-core 0.1.0 /work/editable\nruamel.yaml==0.18\nweird @ file:///x\n"
+    text = "Package Version\n------- -------\nAttrs   25.1\nfolo-core 0.1.0 /src/editable\nruamel.yaml==0.18\nweird @ file:///x\n"
     found = gather_wheels.read_installed(text)
     assert found == {"attrs": Version("25.1"), "folo-core": Version("0.1.0"), "ruamel-yaml": Version("0.18")}
 
