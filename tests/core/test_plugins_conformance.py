@@ -134,7 +134,7 @@ GOOD_SAMPLERS = {
 
 
 def test_there_are_checks():
-    assert len(CHECKS) == 19
+    assert len(CHECKS) == 20
 
 
 @pytest.mark.parametrize("check", CHECKS)

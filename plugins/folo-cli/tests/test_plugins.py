@@ -254,7 +254,7 @@ def test_every_kind_of_new_plugin_works_and_passes_its_own_tests(tmp_path, site)
     arguments = ["-q", "-p", "no:cacheprovider", "--import-mode=importlib", *folders]
     done = site.run(f"import sys, pytest; sys.exit(pytest.main({arguments!r}))", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "73 passed, 1 skipped" in done.stdout
+    assert "75 passed, 1 skipped" in done.stdout
     assert "warning" not in done.stdout
 
 
@@ -272,7 +272,7 @@ def test_a_new_plugin_passes_the_kit_from_an_empty_folder(tmp_path, site):
     code = f"import os, sys, pytest; os.chdir({str(tmp_path / 'empty')!r}); sys.exit(pytest.main({arguments!r}))"
     done = site.run(code, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "56 passed, 1 skipped" in done.stdout
+    assert "58 passed, 1 skipped" in done.stdout
 
 
 def test_new_files_are_sound_python(tmp_path):
