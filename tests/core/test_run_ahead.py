@@ -203,3 +203,21 @@ def test_deeper_flights_change_no_answer_either():
     engine, _ = make_engine(plugins=[DeferredExecutor(3)], executor="deferred", **options)
     assert serve(engine, 5) == expected
     assert_clean(engine)
+
+
+def test_scores_are_right_where_steps_ahead_and_in_step_alternate():
+    """A request that waits for the host joins and leaves the batch of one that runs ahead."""
+    found = []
+    for ahead in (False, True):
+        engine, _ = make_engine(run_ahead=ahead, max_num_seqs=16)
+        params = BestOfParams(n=3, best_of=3, temperature=1.0, seed=4, max_tokens=20, ignore_eos=True)
+        engine.add_request("a", [4, 5, 6], params)
+        for number in range(4):
+            params = greedy(max_tokens=2 + number, logprobs=1, ignore_eos=True)
+            engine.add_request(f"wait-{number}", [7, number], params)
+            for _ in range(4):
+                engine.step()
+        final = run(engine)
+        found.append([(o.token_ids, round(o.score or 0.0, 4)) for o in final["a"].outputs])
+        assert_clean(engine)
+    assert found[0] == found[1]

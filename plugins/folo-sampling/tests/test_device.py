@@ -22,7 +22,7 @@ import triton  # noqa: E402
 from folo_core.sampling.rng import uniform  # noqa: E402
 from folo_core.sampling_params import SamplingParams  # noqa: E402
 from folo_core.testing.builders import make_metadata  # noqa: E402
-from folo_sampling import device, greedy, random  # noqa: E402
+from folo_sampling import device, greedy, random, tensors  # noqa: E402
 from folo_sampling.greedy import GreedySampler  # noqa: E402
 from folo_sampling.masks import Filters, top_k_cut, top_p_cut, weigh  # noqa: E402
 from folo_sampling.random import RandomSampler  # noqa: E402
@@ -73,9 +73,9 @@ def filters_of(given: dict[str, torch.Tensor], vocab: int) -> Filters:
 
 def expected_tokens(logits: torch.Tensor, given: dict[str, torch.Tensor]) -> torch.Tensor:
     """What tensor operations draw; temperatures above 0 only."""
-    weights = random._weights(logits.float(), filters_of(given, logits.shape[1]), nucleus=True)
+    weights = tensors._weights(logits.float(), filters_of(given, logits.shape[1]), nucleus=True)
     numbers = uniform(given["seeds"], given["sequence_indices"], given["positions"])
-    return random.draw(weights, numbers[:, None], logits.shape[1])
+    return tensors.draw(weights, numbers[:, None], logits.shape[1])
 
 
 MIX = [

@@ -110,6 +110,8 @@ class InputBatch:
         self._changed: set[int] = set()
         """Slots of which the device does not know the columns yet."""
         self._num_claims = 0
+        self._noted_at = np.zeros(capacity, dtype=np.int64)
+        """How many tokens each slot had when the host learnt its score and tag."""
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -236,7 +238,7 @@ class InputBatch:
         """Store what strategies keep with their rows."""
         if scores is None and tags is None:
             return
-        self.note_state(slots, scores, tags)
+        self.note_state(slots, self.num_tokens[slots], scores, tags)
         self._changed.update(slots.tolist())
         self.version += 1
 
@@ -247,12 +249,21 @@ class InputBatch:
                 self._device_columns[name].index_copy_(0, slots, values)
 
     def note_state(
-        self, slots: NDArray[np.int64], scores: NDArray[np.float32] | None, tags: NDArray[np.int64] | None
+        self,
+        slots: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        scores: NDArray[np.float32] | None,
+        tags: NDArray[np.int64] | None,
     ) -> None:
-        """Bring the host up to date with what ``keep_state`` gave the device."""
+        """Bring the host up to date with what strategies gave their rows when these had ``lengths`` tokens.
+
+        A step that ran ahead arrives late: what a later one has left meanwhile stays.
+        """
+        latest = lengths >= self._noted_at[slots]
+        self._noted_at[slots[latest]] = lengths[latest]
         for name, values in (("scores", scores), ("tags", tags)):
             if values is not None:
-                self.columns[name][slots] = values
+                self.columns[name][slots[latest]] = values[latest]
 
     def _keep_own_history(self, slot: int, *, keep: bool) -> None:
         own = self.token_ids[slot, : self.num_tokens[slot]].tolist() if keep else None
@@ -325,6 +336,7 @@ class InputBatch:
         slot = self._slots[seq_id] = self._free.pop()
         self._num_claims += 1
         self.claims[slot] = self._num_claims
+        self._noted_at[slot] = 0
         self._changed.add(slot)
         self.version += 1
         return slot

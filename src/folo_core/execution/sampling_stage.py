@@ -216,10 +216,8 @@ class SamplingStage:
         host, slots = _HostOutput.check(drawn.output, drawn.metadata, self.batch.vocab_size), drawn.rows.slots
         same = self.batch.settle(slots, drawn.claims, drawn.places, host.tokens[:, 0])
         if host.lists:
-            scores, tags = host.scores, host.tags
-            self.batch.note_state(
-                slots[same], None if scores is None else scores[same], None if tags is None else tags[same]
-            )
+            scores, tags = (None if column is None else column[same] for column in (host.scores, host.tags))
+            self.batch.note_state(slots[same], drawn.places[same] + 1, scores, tags)  # type: ignore[arg-type]
         return self._split(host, drawn.rows, [])
 
     def run(self, logits: torch.Tensor, sampled: SampledRows, result: StepResult) -> None:
