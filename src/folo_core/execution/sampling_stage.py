@@ -5,7 +5,6 @@ A fault stays with the requests it belongs to: their rows leave the batch, the o
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from folo_core.errors import FoloError
 from folo_core.execution.interface import RequestSample
 from folo_core.execution.logprobs import gather_logprobs
 from folo_core.execution.transfer import Milestone, to_device, to_host
+from folo_core.sampling.identity import identity
 from folo_core.sampling.metadata import SamplingMetadata
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class SampledRows:
 _OPTIONAL = ("logprobs", "finished", "scores", "tags", "drafts")
 _NOUGHT = [0]
 """Shared by nearly all samples: a list of its own for each would keep the garbage collector busy."""
+_HOST = torch.device("cpu")
 _NEVER = np.iinfo(np.int64).max
 
 
@@ -594,17 +595,12 @@ def _check_none_is_idle(request_ids: list[str]) -> None:
         raise ValueError(message)
 
 
-@functools.cache
-def _identity(rows: int) -> torch.Tensor:
-    return torch.arange(rows)
-
-
 def _copies(output: SamplerOutput) -> SamplerOutput:
     """Return the answer of a step whose rows go on in place, on its way to the host."""
     columns: dict[str, Any] = {
         name: to_host(column) for name in _OPTIONAL if (column := getattr(output, name)) is not None
     }
-    return attrs.evolve(output, tokens=to_host(output.tokens), parents=_identity(len(output.tokens)), **columns)
+    return attrs.evolve(output, tokens=to_host(output.tokens), parents=identity(len(output.tokens), _HOST), **columns)
 
 
 def _unusable(request_id: str, peak: float) -> FoloError:
