@@ -17,6 +17,7 @@ import argparse
 import itertools
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ import attrs
 import numpy as np
 import torch
 
+import ceilings
 from folo_kernels.gpu.attention import (
     FEW_ROWS,
     Configs,
@@ -37,7 +39,7 @@ from folo_kernels.gpu.blocks import DeviceBlocks, LayerShape
 from folo_kernels.gpu.plan import Tuning
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 DEVICE = torch.device("cuda")
 BLOCK_SIZE = 16
@@ -285,18 +287,6 @@ def timed(work: Callable[[], object], repeats: int = 15, ahead: Callable[[], obj
     return statistics.median(samples)
 
 
-def machine() -> dict[str, float]:
-    """Bytes a second that a copy reads and writes, and operations a second of a product of matrices in bfloat16."""
-    source = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    left, right = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    timed(lambda: left @ right, 5)
-    return {
-        "bytes_per_second": 2 * source.numel() / timed(lambda: target.copy_(source)),
-        "flops_per_second": 2 * 8192**3 / timed(lambda: left @ right),
-    }
-
-
 def decode_runs(model: Model, limit: float, workloads: list[Workload]) -> Iterator[dict[str, Any]]:
     """Measure every decoding workload in every configuration, then with other ways to cut it."""
     for work in workloads:
@@ -386,10 +376,12 @@ def torch_seconds(model: Model, work: Workload) -> float:
     return timed(lambda: scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True))
 
 
-def show(rows: list[dict[str, Any]], unit: str, scale: float, most: int) -> None:
-    """Print each workload's fastest configurations, the first one, and what failed."""
+def show(rows: Iterable[dict[str, Any]], unit: str, scale: float, most: int) -> list[dict[str, Any]]:
+    """Print each workload's fastest configurations, the first one, and what failed, once it is done; return all."""
+    told: list[dict[str, Any]] = []
     for name, group in itertools.groupby(rows, key=lambda row: row["workload"]):
         found = list(group)
+        told += found
         print(f"\n{name}")
         good = sorted((row for row in found if "seconds" in row), key=lambda row: row["seconds"])
         first = next((row for row in found if "seconds" in row and "torch" not in row["config"]), None)
@@ -399,6 +391,8 @@ def show(rows: list[dict[str, Any]], unit: str, scale: float, most: int) -> None
         for row in found:
             if "failed" in row:
                 print(f"  failed: {row['config']}: {row['failed']}")
+        sys.stdout.flush()
+    return told
 
 
 def main() -> None:
@@ -415,20 +409,18 @@ def main() -> None:
     options = parser.parse_args()
     stored = torch.float8_e4m3fn if options.kv_dtype == "fp8" else torch.bfloat16
     model = Model(options.heads, options.kv_heads, options.head_size, torch.bfloat16, stored)
-    best = machine()
+    best = ceilings.measure("cuda", tiny=False)
     name = torch.cuda.get_device_name()
-    copied, computed = best["bytes_per_second"], best["flops_per_second"]
-    print(f"{name}: copies {copied / 1e9:.0f} GB/s, multiplies {computed / 1e12:.0f} TFLOP/s")
+    print(f"{name}: copies {best.copy / 1e9:.0f} GB/s, multiplies {best.matmul / 1e12:.0f} TFLOP/s", flush=True)
     decodes, prefills = ([w for w in works if options.match in w.name] for works in (DECODES, PREFILLS))
     rows: dict[str, list[dict[str, Any]]] = {"decode": [], "prefill": []}
     if options.only != "prefill":
-        rows["decode"] = list(decode_runs(model, copied, decodes))
-        show(rows["decode"], "GB/s", 1e9, options.most)
+        rows["decode"] = show(decode_runs(model, best.copy, decodes), "GB/s", 1e9, options.most)
     if options.only != "decode":
-        rows["prefill"] = list(prefill_runs(model, computed, prefills))
-        show(rows["prefill"], "TFLOP/s", 1e12, options.most)
+        rows["prefill"] = show(prefill_runs(model, best.matmul, prefills), "TFLOP/s", 1e12, options.most)
     if options.json:
-        options.json.write_text(json.dumps({"device": name, **best, **rows}, indent=1) + "\n", encoding="utf-8")
+        told = {"device": name, "ceilings": attrs.asdict(best), **rows}
+        options.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
