@@ -47,12 +47,13 @@ def test_what_a_device_cannot_do_is_refused_before_weights_are_read(fields, hard
         loader.load_tokenizer()
 
 
-def probed(folder, name, dtype=torch.float32, **sizes):
+def probed(folder, name, dtype=torch.float32, device="cpu", **sizes):
     bridge = AttentionBridge()
     options = {"dtype": dtype, "attn_implementation": bridge.name}
     config = ARCHITECTURES[name]()
     config.update(sizes)
-    module = AutoModelForCausalLM.from_pretrained(save_model(folder, config), **options).eval()
+    # On its device first, as when it is loaded: what is fused moves no more.
+    module = AutoModelForCausalLM.from_pretrained(save_model(folder, config), **options).eval().to(device)
     FuseLinears().run(module)
     return module, bridge, probe(module, bridge)
 
@@ -100,8 +101,7 @@ def test_fused_kernels_store_what_the_backend_stores(device, dtype, tmp_path, mo
 
     # Compiled kernels want no heads as narrow as the interpreter's.
     sizes = {} if device == "cpu" else {"hidden_size": 256, "head_dim": 64, "intermediate_size": 640}
-    module, bridge, shape = probed(tmp_path, "qwen3", dtype, **sizes)
-    module.to(device)
+    module, bridge, shape = probed(tmp_path, "qwen3", dtype, device, **sizes)
     # The trial at load is of other tests, and slow in the interpreter.
     monkeypatch.setattr("folo_hf.device_decoder._try", lambda *_: 0.0)
     decoder = device_decoder(module, bridge, shape, 64)
