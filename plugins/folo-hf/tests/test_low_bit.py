@@ -15,7 +15,17 @@ from transformers.pytorch_utils import Conv1D
 from folo_core.errors import ConfigError, UnsupportedModelError
 from folo_hf import loader as loading
 from folo_hf.attention import AttentionBridge
-from folo_hf.low_bit import FEW_ROWS, GROUP, Fp8, Int4, LowBitLinear, LowBitLinears, low_bit_linears, quantise
+from folo_hf.low_bit import (
+    FEW_ROWS,
+    GROUP,
+    Fp8,
+    Int4,
+    LowBitLinear,
+    LowBitLinears,
+    low_bit_linears,
+    quantise,
+    rows_as_they_are,
+)
 from folo_hf.native import check_quantised, weight_bytes
 from folo_hf.passes import FusedPart, FuseLinears, SharedProduct
 from folo_hf.probe import probe
@@ -64,6 +74,18 @@ def test_products_are_those_of_the_rounded_weights(kind, rows, device):
     # float8 rounds the row, too: by up to a sixteenth of each number, which adds up as a random walk does.
     tolerance = 0.06 if kind == "fp8" else 0.02
     assert (found - wanted).norm() <= tolerance * wanted.norm()
+
+
+@pytest.mark.parametrize("at_once", [24, 4096])
+def test_rows_can_be_left_as_they_are(at_once, device, monkeypatch):
+    monkeypatch.setattr("folo_hf.low_bit.WIDENED_AT_ONCE", at_once)
+    rounded = quantise(weight_on(device), "fp8")
+    x = torch.randn(2, 3, 192).to(device, torch.bfloat16)
+    with rows_as_they_are():
+        found = rounded(x).float()
+    wanted = x.float() @ rounded.plain().float().t()
+    assert (found - wanted).norm() <= 0.01 * wanted.norm()
+    assert (rounded(x).float() - wanted).norm() > 0.01 * wanted.norm(), "rounded again"
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -303,7 +325,7 @@ def test_a_loaded_model_decodes_with_rounded_weights(name, quantization, tmp_pat
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton was imported for a CUDA device")
 @pytest.mark.parametrize(("quantization", "name"), [("fp8", "qwen3"), ("int4", "llama-tied")])
-def test_fused_kernels_take_rounded_layers(quantization, name, tmp_path, caplog):
+def test_fused_kernels_take_rounded_layers(quantization, name, tmp_path, caplog, monkeypatch):
     pytest.importorskip("triton", reason="Triton is not installed")
     from folo_hf.device_decoder import device_decoder
 
@@ -315,8 +337,14 @@ def test_fused_kernels_take_rounded_layers(quantization, name, tmp_path, caplog)
     module = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     FuseLinears().run(module)
     LowBitLinears(quantization, (9, 0)).run(module)
+    shape = probe(module, bridge)
+
+    def refuse(rows):
+        raise AssertionError(f"{len(rows)} rows were rounded, which tells two ways to compute a deep model apart")
+
+    monkeypatch.setattr("folo_hf.low_bit._rounding", refuse)
     with caplog.at_level("INFO"):
-        decoder = device_decoder(module, bridge, probe(module, bridge), 64)
+        decoder = device_decoder(module, bridge, shape, 64)
     assert decoder is not None, caplog.text
     assert decoder.is_rounded
     assert decoder.thin_rows == 0

@@ -6,6 +6,8 @@ captured step launches the same kernels, and a step that is not captured spares 
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import importlib.util
 from typing import TYPE_CHECKING, Protocol
@@ -42,7 +44,27 @@ unpacked first."""
 LARGEST = 448.0
 """Of float8 e4m3."""
 
+WIDENED_AT_ONCE = 4096
+"""Outputs whose weights are widened at a time, so that a head's take little room."""
+
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+_rounds_rows = contextvars.ContextVar("rounds_rows", default=True)
+
+
+@contextlib.contextmanager
+def rows_as_they_are() -> Iterator[None]:
+    """Within it float8 weights multiply rows that are not rounded, slowly.
+
+    Two ways to compute a model can then be compared: rounded, a last bit of a row becomes a sixteenth now and then,
+    and layer after layer that grows into more than a fault would show.
+    """
+    before = _rounds_rows.set(False)
+    try:
+        yield
+    finally:
+        _rounds_rows.reset(before)
 
 
 class LowBit(Protocol):
@@ -121,12 +143,18 @@ class Fp8:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in] -> [..., out]``."""
+        if not _rounds_rows.get():
+            return self._widened(x)
         rows = x.reshape(-1, x.shape[-1])
         data, scale = _rounding(rows)
         product = torch._scaled_mm(  # noqa: SLF001 (torch has no other name for it)
             data, self.data.t(), scale, self.scale, out_dtype=x.dtype, use_fast_accum=x.is_cuda
         )
         return product.reshape(*x.shape[:-1], self.out_features)
+
+    def _widened(self, x: torch.Tensor) -> torch.Tensor:
+        pieces = zip(self.data.split(WIDENED_AT_ONCE), self.scale.t().split(WIDENED_AT_ONCE), strict=True)
+        return torch.cat([functional.linear(x, (data.float() * scale).to(x.dtype)) for data, scale in pieces], -1)
 
     def plain(self) -> torch.Tensor:
         """The rounded weight ``[out, in]``."""
