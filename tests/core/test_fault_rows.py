@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import gc
 import hashlib
+import itertools
 import logging
 import os
 import random
@@ -952,10 +953,38 @@ def test_a_budget_that_was_cut_grows_back() -> None:
     assert_clean(engine)
 
 
+def test_what_grew_too_early_is_left_longer_the_next_time() -> None:
+    """A step of two tokens never fits, and a prompt takes longer than a budget waits before it grows."""
+    engine, model = make_engine(max_num_batched_tokens=8, max_num_seqs=8)
+    sizes: list[int] = []
+
+    def fail(input_ids: torch.Tensor) -> None:
+        sizes.append(len(input_ids))
+        if len(input_ids) > 1:
+            raise MemoryError
+
+    model.before_forward = fail
+    prompt = [place % 60 for place in range(2 * STEPS_BEFORE_GROWTH + 8)]
+    engine.add_request("a", prompt, greedy(max_tokens=2, ignore_eos=True))
+    final: dict[str, Any] = {}
+    for _ in range(20 * STEPS_BEFORE_GROWTH):
+        if engine.has_unfinished_requests:
+            step(engine, final)
+    assert final["a"].outputs[0].token_ids == dense(model, prompt, 2)
+    failed = [place for place, size in enumerate(sizes) if size == 2]
+    assert [after - before - 1 for before, after in itertools.pairwise(failed)] == [
+        STEPS_BEFORE_GROWTH, 2 * STEPS_BEFORE_GROWTH
+    ]  # fmt: skip
+    assert_clean(engine)
+
+
+@pytest.mark.parametrize("run_ahead", [False, True])
 @pytest.mark.parametrize("victim_first", [True, False])
 @pytest.mark.parametrize("width", [1, 3])
-def test_who_does_not_fit_the_smallest_step_ends_alone(victim_first: bool, width: int) -> None:  # noqa: FBT001
-    engine, model = make_engine(max_num_batched_tokens=16, max_num_seqs=8, plugins=[SamplerPlugin(TreeSampler())])
+def test_who_does_not_fit_the_smallest_step_ends_alone(victim_first: bool, width: int, run_ahead: bool) -> None:  # noqa: FBT001
+    engine, model = make_engine(
+        max_num_batched_tokens=16, max_num_seqs=8, run_ahead=run_ahead, plugins=[SamplerPlugin(TreeSampler())]
+    )
     token = next(t for t in range(60) if t not in (*CONTROL, *control_alone()[0]))
     struck: list[int] = []
 

@@ -40,7 +40,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STEPS_BEFORE_GROWTH = 32
-"""Steps without running out of memory before a budget that was cut for it doubles again."""
+"""Steps without running out of memory before a budget that was cut for it doubles again.
+
+Twice as many each time that what had grown had to be cut: all that runs is then computed anew, and must come further.
+"""
 
 
 class Engine:
@@ -69,7 +72,9 @@ class Engine:
             chunked_prefill=config.scheduler.enable_chunked_prefill,
         )
         self._full_budget = self.budget
-        self._steps_in_memory = 0
+        self._steps_in_memory, self._steps_before_growth = 0, STEPS_BEFORE_GROWTH
+        self._has_grown = False
+        """Whether a budget that was cut has doubled since."""
         self.requests: dict[str, Request] = {}
         self.reporter = Reporter(components.observers, self.state)
         self._serves = self.scheduler if isinstance(self.scheduler, ServiceScheduler) else None
@@ -238,7 +243,12 @@ class Engine:
         self.state.kv.check_integrity(s for request in self.requests.values() for s in request.live)
 
     def _must_wait(self) -> bool:
-        """Whether all there is to do depends on the step in flight: then asking the scheduler would be in vain."""
+        """Whether all there is to do depends on the step in flight: then asking the scheduler would be in vain.
+
+        Nothing builds on a step that could not be submitted: it would run without what that one was to compute.
+        """
+        if self._in_flight and isinstance(self._in_flight[-1].handle, _FailedStep):
+            return True
         if not self._in_flight or self.state.waiting or self._released or self._forks or self._zero_blocks:
             return False
         scheduled = self._in_flight[-1].scheduled
@@ -308,8 +318,9 @@ class Engine:
             self._take_back(flight)
             raise
         self._steps_in_memory += 1
-        if self.budget is not self._full_budget and self._steps_in_memory >= STEPS_BEFORE_GROWTH:
+        if self.budget is not self._full_budget and self._steps_in_memory >= self._steps_before_growth:
             self._set_token_budget(2 * self.budget.max_num_batched_tokens)
+            self._has_grown = True
         return result
 
     def _retreat(self, flight: _Flight, error: StepOutOfMemoryError) -> StepResult:
@@ -321,6 +332,8 @@ class Engine:
         scheduled = flight.scheduled
         logger.warning("a step of %d tokens ran out of memory: %s", scheduled.num_tokens, error)
         self._take_back(flight)
+        if self._has_grown:
+            self._steps_before_growth, self._has_grown = 2 * self._steps_before_growth, False
         least = max((request.width for request in scheduled.scheduled), default=1)
         alone, moved = len(scheduled.scheduled) == 1, bool(scheduled.swap_in or scheduled.swap_out)
         if alone and not moved and scheduled.num_tokens <= least:
