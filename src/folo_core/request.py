@@ -91,6 +91,9 @@ class Request:
     steady_after: int | None = None
     """From how many output tokens on each of its sequences grows by one token in every step that samples it, and by
     nothing else, so that steps may be scheduled ahead of what the host knows. None: never."""
+    reparents: bool = False
+    """Whether its sequences may continue one another where they run ahead: which, the device decides. Then each is as
+    the host last knew it, and stands for a row of the request rather than for one hypothesis."""
     live: list[Sequence] = attrs.field(factory=list)
     """Unfinished sequences, in row order."""
     finished: list[Sequence] = attrs.field(factory=list)
@@ -113,7 +116,9 @@ class Request:
     def runs_ahead(self, sequence: Sequence) -> bool:
         """Whether the next token that a step samples for one of its sequences may stay on the device for a while."""
         after = self.steady_after
-        return after is not None and len(sequence.data.output_token_ids) + sequence.num_pending >= after
+        if after is None or (self.reparents and len(self.live) < self.width):
+            return False
+        return len(sequence.data.output_token_ids) + sequence.num_pending >= after
 
     def has_all_tokens(self, sequence: Sequence) -> bool:
         """Whether steps in flight bring the last token that the request has room for: one more would be in vain."""
@@ -151,9 +156,9 @@ class Request:
             sequence.data.cumulative_logprob = sum(first_of, 0.0)
         return sequence
 
-    def fork_sequence(self, parent: Sequence, seq_id: int) -> Sequence:
+    def fork_sequence(self, parent: Sequence, seq_id: int, *, with_memory: bool = True) -> Sequence:
         """Return a child of ``parent`` under the request's next index. The caller places it among ``live``."""
-        return parent.fork(seq_id=seq_id, index=next(self._indices))
+        return parent.fork(seq_id=seq_id, index=next(self._indices), with_memory=with_memory)
 
     def close_sequence(self, sequence: Sequence, status: SequenceStatus) -> None:
         """End a live sequence in ``status`` and keep it for the caller."""

@@ -143,6 +143,8 @@ class Sequence:
     block_digests: list[bytes] = attrs.field(factory=lambda: [b""], repr=False)
     """What the prefix cache knows its full blocks by, as far as somebody asked; before them the root of its tenant."""
     block_table: BlockTable | None = None
+    spare_block: int | None = None
+    """A block beside its table, to write to if it turns out to continue another sequence (see ``Regrouping``)."""
     host_blocks: list[int] = attrs.field(factory=list)
     """Where its blocks lie on the host while it is swapped out."""
     detokenizer: Detokenizer | None = None
@@ -196,11 +198,17 @@ class Sequence:
         """Append a generated token."""
         self.data.append(token_id, logprob)
 
-    def fork(self, *, seq_id: int, index: int) -> Sequence:
+    def continue_from(self, past: Sequence) -> None:
+        """Take over the tokens, text and standing of a fork that was made for it. Its own memory stays."""
+        self.data, self.detokenizer, self.logprobs = past.data, past.detokenizer, past.logprobs
+        self.block_digests, self.num_indexed_blocks = past.block_digests, past.num_indexed_blocks
+        self.num_cached_tokens, self.score, self.tag = past.num_cached_tokens, past.score, past.tag
+
+    def fork(self, *, seq_id: int, index: int, with_memory: bool = True) -> Sequence:
         """Return a child that continues from here on its own.
 
-        Keys and values stay shared block by block until one side writes; everything else is copied,
-        except the prompt, which is immutable.
+        Keys and values stay shared block by block until one side writes, or ``with_memory`` is false and it has none;
+        everything else is copied, except the prompt, which is immutable.
         """
         return Sequence(
             seq_id=seq_id,
@@ -211,7 +219,7 @@ class Sequence:
             num_cached_tokens=self.num_cached_tokens,
             num_indexed_blocks=self.num_indexed_blocks,
             block_digests=self.block_digests.copy(),
-            block_table=None if self.block_table is None else self.block_table.fork(),
+            block_table=self.block_table.fork() if with_memory and self.block_table is not None else None,
             detokenizer=None if self.detokenizer is None else self.detokenizer.fork(),
             logprobs=None if self.logprobs is None else self.logprobs.copy(),
             score=self.score,

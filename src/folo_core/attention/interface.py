@@ -32,6 +32,24 @@ class KVCacheSpec:
         return self.num_kv_heads * (self.head_size + value_size) * self.dtype.itemsize
 
 
+@attrs.frozen(slots=True, kw_only=True)
+class Regrouping:
+    """Which row's blocks each row of a decode step goes on with, where the device alone knows that.
+
+    The tables and slots of the step are what the host knows: those of the step before. A row whose parent is itself
+    keeps them. Any other takes its parent's blocks but for the last one, which it writes to. Where the new token begins
+    a block, that block is the row's own. Else it is the row's spare, into which the parent's last block is copied
+    first, in every layer; all of them are read before any is written.
+    """
+
+    parents: torch.Tensor
+    """int64 ``[num_seqs]`` on the device: the row of the step that each row continues."""
+    groups: list[tuple[int, int]]
+    """First row and number of the rows of each group; a parent is of its row's group. Other rows keep their blocks."""
+    spares: np.ndarray
+    """int32 ``[num_seqs]``: a block that nobody else holds, for rows of groups whose new token does not begin one."""
+
+
 @attrs.define(slots=True, kw_only=True)
 class AttentionMetadata:
     """One step's packed batch. Tokens of all sequences lie end to end along one axis, without padding.
@@ -58,6 +76,8 @@ class AttentionMetadata:
     is_captured: bool = False
     """That the step is recorded into a graph, or replays one: what is launched may depend on the number of rows alone.
     Each row is one new token; those of length 0 in ``seq_lens`` are padding, of which the output is not read."""
+    regrouping: Regrouping | None = None
+    """Whose blocks rows go on with; None where the tables say it all. Only for a ``RegroupingBackend``."""
     plan: object | None = None
     """What ``AttentionBackend.plan`` returned for this step: shared by all layers, private to the backend."""
 
@@ -120,6 +140,20 @@ class AttentionBackend(Protocol):
 
     def zero_blocks(self, blocks: list[int]) -> None:
         """Overwrite blocks with zeros in every layer, so that a NaN left behind cannot reach the next owner."""
+
+
+@runtime_checkable
+class RegroupingBackend(AttentionBackend, Protocol):
+    """A backend whose rows may go on with each other's blocks without the host's knowing.
+
+    Its ``plan`` then relies on nothing but what all rows of a group share.
+    """
+
+    def regroup(self, metadata: AttentionMetadata) -> None:
+        """Carry out ``metadata.regrouping`` after the step is planned and before it runs, without waiting.
+
+        Rewrites the planned tables and ``metadata.slot_mapping`` in place, and copies blocks.
+        """
 
 
 @runtime_checkable

@@ -168,7 +168,9 @@ class Engine:
         self.outputs.open(request, request.branch_from(source.live[row], at, next(self._seq_ids)))
         self.requests[new_request_id] = request
         self.reporter.on_request(request, RequestEvent.QUEUED)
-        if not self._share_memory(source.live[row], request):
+        # Whose blocks a row has that may just have been re-parented, nobody knows yet: the branch is computed anew.
+        unsure = source.reparents and source.live[row].num_pending
+        if unsure or not self._share_memory(source.live[row], request):
             self.state.waiting.push(request)
 
     def _check_new(self, request_id: str) -> None:
@@ -297,7 +299,8 @@ class Engine:
         """Return the rows of requests that may lose some to a step in flight before this one is back."""
         if self.executor.max_steps_in_flight == 1:
             return {}
-        return {r.request_id: r.live.copy() for r in scheduled.scheduled if len(r.live) > 1 and r.live[0].num_pending}
+        several = [r for r in scheduled.scheduled if len(r.live) > 1 and r.live[0].num_pending and not r.reparents]
+        return {request.request_id: request.live.copy() for request in several}
 
     def _forget_in_flight(self, request: Request) -> None:
         """Ignore what steps in flight will bring for a request that has left: if it returns, it is computed anew."""
@@ -431,11 +434,11 @@ class Engine:
             return self._apply_token(request, request.live[0], sample.tokens[0][0], now)
         before = request.live.copy()
         _arrive(before)
+        if sample.is_reparented:
+            return self._apply_reparented(request, sample, now)
         rows = self._reparent(request, sample)
         lengths = [len(sequence.data.output_token_ids) for sequence in rows] if self.reporter.follows_branches else []
-        request.metrics.record_tokens(now, max((len(tokens) for tokens in sample.tokens), default=0))
-        if self._serves is not None:
-            self._serves.on_tokens(request, sum(map(len, sample.tokens)))
+        self._count_tokens(request, sample, now)
         request.metrics.num_draft_tokens += sample.num_drafts
         request.metrics.num_accepted_tokens += sum(sample.kept)
         for row, sequence in enumerate(rows):
@@ -454,6 +457,11 @@ class Engine:
             return self._end_early(request, SequenceStatus.FINISHED_ERROR, self._too_wide(request))
         return self.outputs.output(request, rows, finished=False)
 
+    def _count_tokens(self, request: Request, sample: RequestSample, now: float) -> None:
+        request.metrics.record_tokens(now, max((len(tokens) for tokens in sample.tokens), default=0))
+        if self._serves is not None:
+            self._serves.on_tokens(request, sum(map(len, sample.tokens)))
+
     def _apply_token(self, request: Request, sequence: Sequence, token: int, now: float) -> RequestOutput | None:
         """Do what ``_apply`` does where a request's one sequence gets one token, and there is nothing else to it."""
         request.metrics.record_tokens(now, 1)
@@ -466,6 +474,54 @@ class Engine:
             self._close(request, sequence, status)
             return self._finish(request)
         return self.outputs.output(request, [sequence], finished=False)
+
+    def _apply_reparented(self, request: Request, sample: RequestSample, now: float) -> RequestOutput | None:
+        """Do what ``_apply`` does where rows have been re-parented on the device, which may be a step ahead by now.
+
+        Each sequence stands for a row. Where fewer rows go on than there were, a step that has begun with all of them
+        is taken back, and the request is computed anew.
+        """
+        live, count = request.live, len(request.live)
+        self._count_tokens(request, sample, now)
+        ended = [self._end_child(request, sample, row) for row in range(count, len(sample.parents))]
+        gone = [row for row in range(count) if sample.finished is not None and sample.finished[row]]
+        sequences = live.copy()
+        if len(gone) < count:
+            self._continue_rows(request, sample)
+        for row, sequence in enumerate(sequences):
+            if row in gone:
+                sequence.transition(SequenceStatus.FINISHED_ABORTED)
+                self._release(sequence)
+                live.remove(sequence)
+            elif (status := self.outputs.append(request, sequence, sample, row)) is not None:
+                self._close(request, sequence, status)
+        if request.is_finished:
+            return self._finish(request)
+        if len(live) < count and live[0].num_pending:
+            self._compute_anew(request)
+        return self.outputs.output(request, [*live, *ended], finished=False)
+
+    def _continue_rows(self, request: Request, sample: RequestSample) -> None:
+        """Make each row of a request the one that it continues."""
+        live = request.live
+        parents = sample.parents[: len(live)]
+        moved = [(row, parent) for row, parent in enumerate(parents) if row != parent]
+        pasts = [live[parent].fork(seq_id=-1, index=-1, with_memory=False) for _, parent in moved]
+        self.state.kv.regroup(live, parents, is_late=live[0].num_pending > 0)
+        for (row, _), past in zip(moved, pasts, strict=True):
+            live[row].continue_from(past)
+        for row, sequence in enumerate(live):
+            self._keep_numbers(sequence, sample, row)
+
+    def _end_child(self, request: Request, sample: RequestSample, row: int) -> Sequence:
+        """Make a sequence of a child that ends at once, and needs no memory."""
+        parent = request.live[sample.parents[row]]
+        child = request.fork_sequence(parent, next(self._seq_ids), with_memory=False)
+        self._keep_numbers(child, sample, row)
+        status = self.outputs.append(request, child, sample, row) or SequenceStatus.FINISHED_STOPPED
+        child.transition(status)
+        request.finished.append(child)
+        return child
 
     def _too_wide(self, request: Request) -> FoloError:
         message = (
@@ -539,11 +595,16 @@ class Engine:
         valid = sequence.data.num_tokens + sequence.num_pending + sample.kept[row] - (not sample.tokens[row])
         if valid < sequence.num_computed_tokens:
             self.state.kv.truncate(sequence, valid)
+        self._keep_numbers(sequence, sample, row)
+        sequence.draft_token_ids.clear()
+
+    @staticmethod
+    def _keep_numbers(sequence: Sequence, sample: RequestSample, row: int) -> None:
+        """Note the strategy's numbers of a row."""
         if sample.scores is not None:
             sequence.score = sample.scores[row]
         if sample.tags is not None:
             sequence.tag = sample.tags[row]
-        sequence.draft_token_ids.clear()
 
     def _close(self, request: Request, sequence: Sequence, status: SequenceStatus) -> list[int]:
         """End one sequence and return the blocks it held."""

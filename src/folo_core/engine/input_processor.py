@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from folo_core.engine.observer import BranchObserver
 from folo_core.errors import ParamsError, RequestError
 from folo_core.kv_cache.prefix_cache import PrefixRoots
 from folo_core.request import Request, RequestMetrics
@@ -59,7 +60,8 @@ class InputProcessor:
         text, token_ids = self._tokenize(prompt)
         self._check_prompt(token_ids)
         root = self._roots.root(_text("tenant", tenant), _salt(prompt))
-        sampler = self.components.sampler_for(params)
+        components = self.components
+        sampler = components.sampler_for(params)
         resolved = self._resolve_params(params)
         room = self.max_model_len - len(token_ids)
         max_tokens = room if resolved.max_tokens is None else min(resolved.max_tokens, room)
@@ -79,6 +81,10 @@ class InputProcessor:
             metrics=metrics,
         )
         self._check_size(request, max_tokens)
+        if request.steady_after is not None and components.executor.reparents(sampler):
+            # Whoever follows branches wants each of them by name, which rows that run ahead do not keep.
+            watched = any(isinstance(observer, BranchObserver) for observer in components.observers)
+            request = attrs.evolve(request, reparents=True, steady_after=None if watched else request.steady_after)
         return request
 
     def branch(  # noqa: PLR0913 (as many as Engine.fork has)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from folo_core.attention.interface import AttentionMetadata
+from folo_core.execution.regrouping import regroup
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -136,8 +137,10 @@ class DecodeGraphs:
         missing = size - len(step.slots)
         lengths = np.pad(step.seq_lens, (0, missing))
         metadata = self._metadata(size, lengths, np.pad(step.block_tables, ((0, missing), (0, 0))))
+        metadata.regrouping = step.regrouping
         metadata.plan = self._backend.plan(metadata)
         self._stages.send(step.tokens, self._inputs(size))
+        regroup(self._backend, metadata)
 
     def _inputs(self, size: int) -> torch.Tensor:
         return self._tokens[: 4 * size].view(4, size)

@@ -51,6 +51,10 @@ class InProcessExecutor:
         """Return from how many output tokens on such a request may run ahead (see ``Executor``)."""
         return self.runner.steady_after(sampler, params)
 
+    def reparents(self, sampler: str) -> bool:
+        """Return whether rows of this sampler that run ahead may continue one another (see ``Executor``)."""
+        return self.runner.stage.reparents(sampler)
+
     def add_request(self, request: Request) -> None:
         """Make a request known to the runner and to its sampler."""
         self.runner.stage.samplers[request.sampler].part.add_request(request)  # may refuse it

@@ -5,14 +5,16 @@ Host arrays are numpy; the sampling columns also live on the device and are copi
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import numpy as np
 import torch
 
-from folo_core.attention.interface import AttentionMetadata
+from folo_core.attention.interface import AttentionMetadata, Regrouping
 from folo_core.execution.transfer import to_device
+from folo_core.sampling.identity import identity
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,7 +36,7 @@ PENDING = -1
 """Stands for a token that the device has sampled and the host has not seen."""
 
 
-@attrs.frozen(slots=True, kw_only=True)
+@attrs.define(slots=True, kw_only=True)
 class PackedStep:
     """One step's tokens, end to end without padding, and the rows that want logits."""
 
@@ -55,6 +57,8 @@ class PackedStep:
     """``[num_seqs + 1]``, as in ``AttentionMetadata``; likewise ``seq_lens`` and ``block_tables``."""
     seq_lens: NDArray[np.int32]
     block_tables: NDArray[np.int32]
+    regrouping: Regrouping | None = None
+    """As in ``AttentionMetadata``."""
 
     @property
     def is_decode(self) -> bool:
@@ -70,7 +74,29 @@ class PackedStep:
             block_tables=self.block_tables,
             slot_mapping=slot_mapping,
             block_size=block_size,
+            regrouping=self.regrouping,
         )
+
+
+_UNDECIDED, _DONE = -1, -2
+
+
+@attrs.define(slots=True, eq=False)
+class Move:
+    """What one step's re-parenting made of some slots, until the host's tables say so as well."""
+
+    slots: NDArray[np.int64]
+    claims: NDArray[np.int64]
+    """Whose the slots were; likewise ``places``: how many tokens each had."""
+    places: NDArray[np.int64]
+    parents: NDArray[np.int64] | None = None
+    """Which of them each continues, once the host knows."""
+    late: NDArray[np.int64] = attrs.field(init=False)
+    """1 where the next step began before the host knew, else 0; below 0 while there is none, and afterwards."""
+
+    @late.default
+    def _undecided(self) -> NDArray[np.int64]:
+        return np.full(len(self.slots), _UNDECIDED)
 
 
 class InputBatch:
@@ -109,12 +135,22 @@ class InputBatch:
         self._device_columns: dict[str, torch.Tensor] = {}
         self._changed: set[int] = set()
         """Slots of which the device does not know the columns yet."""
+        self._parents = torch.arange(capacity, device=device)
+        """The slot that each one continues since its last such step, on the device."""
+        self._rows = torch.zeros(capacity, dtype=torch.int64, device=device)
+        """Room for the row of each slot in a step."""
+        self.moves: list[Move] = []
+        """What re-parenting the tables do not show yet, oldest first."""
+        self._spares = np.zeros(capacity, dtype=np.int32)
         self._num_claims = 0
         self._noted_at = np.zeros(capacity, dtype=np.int64)
         """How many tokens each slot had when the host learnt its score and tag."""
 
     def __len__(self) -> int:
         return len(self._slots)
+
+    def __contains__(self, seq_id: int) -> bool:
+        return seq_id in self._slots
 
     def slots_of(self, seq_ids: SequenceOf[int]) -> NDArray[np.int64]:
         """Return the slots of sequences, int64 ``[len(seq_ids)]``."""
@@ -169,6 +205,7 @@ class InputBatch:
         if slot is None:
             return
         self.requests[slot] = None
+        self.claims[slot] = 0
         self._keep_history(slot, None)
         self._free.append(slot)
         self.version += 1
@@ -214,6 +251,87 @@ class InputBatch:
         same: NDArray[np.bool_] = self.claims[slots] == claims
         self.token_ids[slots[same], places[same]] = tokens[same]
         return same
+
+    def reparent(self, slots: NDArray[np.int64], where: torch.Tensor, parents: torch.Tensor) -> Move:
+        """Note on the device which slot each of these continues from here on.
+
+        Args:
+            slots: slots that ``advance`` gives a token next.
+            where: the same, int64 on the device.
+            parents: int64 ``[len(slots)]`` on the device, counted among ``slots``.
+        """
+        self._parents.index_copy_(0, where, where[parents])
+        move = Move(slots, self.claims[slots], self.num_tokens[slots])
+        self.moves.append(move)
+        return move
+
+    def learn(self, move: Move, parents: NDArray[np.int64]) -> None:
+        """Take note on the host of what ``reparent`` noted on the device: ``parents``, counted among its slots."""
+        move.parents = parents
+        valid = (self.claims[move.slots] == move.claims) & (parents != np.arange(len(parents)))
+        target, source = move.slots[valid], move.slots[parents[valid]]
+        if len(target):
+            most = int(move.places[valid].max())
+            self.token_ids[target, :most] = self.token_ids[source, :most]
+        self._settle_tables()
+
+    def begin_step(self, slots: NDArray[np.int64], unseen: NDArray[np.bool_]) -> None:
+        """Learn of the slots of the next step whether its blocks were given before the host knew what ``reparent`` did.
+
+        Those where the host knew get their tables now.
+        """
+        late = np.full(self.capacity, _UNDECIDED)
+        late[slots] = unseen
+        for move in self.moves:
+            open_ = move.late == _UNDECIDED
+            move.late[open_] = late[move.slots[open_]]
+        self._settle_tables(late=False)
+
+    def _settle_tables(self, *, late: bool | None = None) -> None:
+        """Give slots the tables of those that they continue, where it is known which and how."""
+        for move in self.moves:
+            move.late[self.claims[move.slots] != move.claims] = _DONE
+            if move.parents is not None:
+                ready = move.late >= 0 if late is None else move.late == late
+                self._copy_tables(move, move.parents, ready)
+                move.late[ready] = _DONE
+        self.moves = [move for move in self.moves if (move.late != _DONE).any()]
+
+    def _copy_tables(self, move: Move, parents: NDArray[np.int64], ready: NDArray[np.bool_]) -> None:
+        """Do it for those that are ``ready``."""
+        valid = ready & (parents != np.arange(len(parents)))
+        if not valid.any():
+            return
+        target, source, late = move.slots[valid], move.slots[parents[valid]], move.late[valid] == 1
+        last, offset = np.divmod(move.places[valid], self.block_size)
+        # Where the next step has begun, the block that it writes to is each row's own (see Regrouping).
+        kept = last + (~late & (offset > 0))
+        width = int(kept.max())
+        tables, before = self.block_tables, np.arange(width) < kept[:, None]
+        tables[target, :width] = np.where(before, tables[source, :width], tables[target, :width])
+        copied = late & (offset > 0)
+        tables[target[copied], last[copied]] = self._spares[target[copied]]
+
+    def set_spares(self, spares: Mapping[int, int]) -> None:
+        """Note each sequence's block for the case that it continues another one."""
+        self._spares[self.slots_of(list(spares))] = list(spares.values())
+
+    def regrouping(self, step: PackedStep, unseen: NDArray[np.bool_]) -> Regrouping:
+        """Return whose blocks the rows of a step go on with, for those that are ``unseen``: bool ``[num_seqs]``."""
+        slots = step.slots
+        where = to_device(slots, self.device)
+        self._rows.index_copy_(0, where, identity(len(slots), self.device))
+        return Regrouping(
+            parents=self._rows[self._parents[where]],
+            groups=self._groups(slots, np.flatnonzero(unseen).tolist()),
+            spares=self._spares[slots],
+        )
+
+    def _groups(self, slots: NDArray[np.int64], rows: list[int]) -> list[tuple[int, int]]:
+        """Return first row and number of rows of each request that these rows, adjacent for each, belong to."""
+        owners = [self.requests[slot] for slot in slots[rows].tolist()]
+        starts = [place for place, owner in enumerate(owners) if not place or owner is not owners[place - 1]]
+        return [(rows[start], end - start) for start, end in itertools.pairwise([*starts, len(rows)])]
 
     def accept(self, slots: NDArray[np.int64], kept: NDArray[np.int64]) -> None:
         """Make the first ``kept[i]`` drafted tokens of each slot its own."""

@@ -124,6 +124,9 @@ class RequestSample:
     """What to try next; -1 pads."""
     stated: list[list[float]] | None = None
     """Log probabilities of the new tokens, as the sampler states them."""
+    is_reparented: bool = False
+    """That the device has run on from it already: the first rows are the request's sequences, each in its place, and
+    those among them that ``finished`` names go nowhere; further ones are children that end."""
     is_plain: bool = False
     """That it is one token for the request's one sequence and nothing else, as nearly all are: a promise that spares
     the engine looking. False promises nothing."""
@@ -158,6 +161,9 @@ class Executor(Protocol):
 
         See ``Sampler.steady_after``; the logits processors that the request needs have a say in it, too.
         """
+
+    def reparents(self, sampler: str) -> bool:
+        """Return whether rows of this sampler that run ahead may continue one another (``Sampler.reparents``)."""
 
     def add_request(self, request: Request) -> None:
         """Make a request known before its first step."""

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from folo_core.attention.interface import SwappingBackend
+from folo_core.attention.interface import RegroupingBackend, SwappingBackend
 from folo_core.errors import ConfigError
 from folo_core.execution.graphs import decode_graphs
 from folo_core.execution.input_batch import InputBatch
 from folo_core.execution.interface import StepResult
 from folo_core.execution.logprobs import gather_logprobs
-from folo_core.execution.sampling_stage import SampledRows, SamplingStage
+from folo_core.execution.regrouping import regroup, regroup_on_host
+from folo_core.execution.sampling_stage import SampledRows, SamplingStage, take_rows
 from folo_core.execution.transfer import to_device
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from folo_core.attention.interface import AttentionBackend
+    from folo_core.attention.interface import AttentionBackend, Regrouping
     from folo_core.config import EngineConfig
     from folo_core.execution.input_batch import PackedStep
     from folo_core.execution.interface import LoadedModel
@@ -74,7 +75,8 @@ class ModelRunner:
 
     def steady_after(self, sampler: str, params: SamplingParams) -> int | None:
         """Return from how many output tokens on such a request's tokens may stay on the device (see ``Executor``)."""
-        return self.stage.steady_after(sampler, params)
+        able = self.model.device.type != "cuda" or isinstance(self.backend, RegroupingBackend)
+        return self.stage.steady_after(sampler, params) if able or not self.stage.reparents(sampler) else None
 
     @torch.inference_mode()
     def start(self, scheduled: SchedulerOutput) -> Callable[[], StepResult]:
@@ -88,20 +90,41 @@ class ModelRunner:
         if not scheduled.seq_ids:
             return lambda: result
         step = self.batch.pack(scheduled)
+        step.regrouping = self._regrouping(step, scheduled.unseen) if scheduled.unseen else None
         rows = SampledRows.of(step)
         wanted, prompt_rows = self._logits_wanted(step, rows)
         self.current = f"model {self.model.info.architecture!r}"
         logits = self._forward(step, wanted, replay=step.is_decode and not prompt_rows)
-        num_sampled = len(rows)
         self.current = "sampling"
         if prompt_rows:
-            self._prompt_logprobs(logits[num_sampled:].float(), step, prompt_rows, result)
-        elif num_sampled and self.stage.are_steady(rows):
-            return partial(self.stage.finish, self.stage.launch(logits, rows), result)
-        if num_sampled:
-            self.stage.run(logits[:num_sampled], rows, result)
+            self._prompt_logprobs(logits[len(rows) :].float(), step, prompt_rows, result)
+        wait = self._sample(logits[: len(rows)], rows, scheduled, result)
         self.current = "engine"
-        return lambda: result
+        return wait
+
+    def _sample(
+        self, logits: torch.Tensor, rows: SampledRows, scheduled: SchedulerOutput, result: StepResult
+    ) -> Callable[[], StepResult]:
+        """Sample rows, and return what brings the result: some tokens may stay on the device for now."""
+        stage, ahead = self.stage, self.stage.run_ahead(rows, scheduled)
+        if not ahead.any():
+            if len(rows):
+                stage.run(logits, rows, result)
+            return lambda: result
+        if ahead.all():
+            return partial(stage.finish, stage.launch(logits, rows), result)
+        first, second = np.flatnonzero(ahead), np.flatnonzero(~ahead)
+        launched = stage.launch(take_rows(logits, first), rows.take(first))
+        stage.run(take_rows(logits, second), rows.take(second), result)
+        return partial(stage.finish, launched, result)
+
+    def _regrouping(self, step: PackedStep, unseen: list[str]) -> Regrouping | None:
+        """Return whose blocks rows go on with, where the backend sees to it; else the host has done so."""
+        regrouping = self.batch.regrouping(step, self.stage.of_requests(step.slots, unseen))
+        if isinstance(self.backend, RegroupingBackend):
+            return regrouping
+        regroup_on_host(step, regrouping, self.backend, self.batch.block_size)
+        return None
 
     def warm_up(self) -> None:
         """Record what is replayed later, where graphs are on, so that no request waits for it."""
@@ -118,6 +141,7 @@ class ModelRunner:
         if self.backend.wants_device_metadata:
             metadata.to_device(device)
         metadata.plan = self.backend.plan(metadata)
+        regroup(self.backend, metadata)
         ids = self.batch.input_ids(tokens) if step.tokens[0].min() < 0 else tokens[0]
         return self.model.forward(ids, tokens[1], to_device(wanted, device), metadata)
 
@@ -142,6 +166,9 @@ class ModelRunner:
 
     def _edit_batch(self, scheduled: SchedulerOutput, result: StepResult) -> None:
         """Bring slots, block tables and blocks up to date, in the order that SchedulerOutput promises."""
+        if self.batch.moves:
+            slots = self.batch.slots_of([seq_id for seq_id in scheduled.seq_ids if seq_id in self.batch])
+            self.batch.begin_step(slots, self.stage.of_requests(slots, scheduled.unseen))
         if scheduled.forks:
             self._fork(scheduled.forks)
         for seq_id in scheduled.released:
@@ -153,6 +180,8 @@ class ModelRunner:
             self.stage.assign(int(self.batch.slots_of([new.seq_id])[0]), request)
         if scheduled.new_blocks:
             self.batch.set_blocks(scheduled.new_blocks)
+        if scheduled.spares:
+            self.batch.set_spares(scheduled.spares)
         if scheduled.copy_sources:
             self.backend.copy_blocks(scheduled.copy_sources, scheduled.copy_destinations)
 

@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from folo_core.execution.input_batch import InputBatch, PackedStep
+    from folo_core.execution.input_batch import InputBatch, Move, PackedStep
     from folo_core.execution.interface import Candidates, StepResult
     from folo_core.execution.parts import NamedPart
     from folo_core.request import Request
     from folo_core.sampling.interface import LogitsProcessor, Sampler, SamplerOutput
     from folo_core.sampling_params import SamplingParams
+    from folo_core.scheduling.interface import SchedulerOutput
 
 
 @attrs.frozen(slots=True)
@@ -78,6 +79,8 @@ class _Drawn:
     metadata: SamplingMetadata
     output: SamplerOutput
     peaks: torch.Tensor
+    move: Move | None
+    """Who continues whom, if that is not certain."""
 
 
 @attrs.frozen(slots=True)
@@ -106,6 +109,8 @@ class SamplingStage:
         self._slot_logprobs = np.zeros(batch.capacity, dtype=np.bool_)
         self._steady_from = np.full(batch.capacity, _NEVER)
         """From how many tokens on a slot's sequence may run ahead."""
+        self._unseen: list[str] = []
+        """Requests of the present step of which the host has not seen what came of the one before."""
         self._cached: dict[bytes, SamplingMetadata] = {}
         self._cached_version = -1
 
@@ -120,7 +125,9 @@ class SamplingStage:
         self._slot_sampler[slot] = self._sampler_ids[request.sampler]
         self._slot_logprobs[slot] = request.params.logprobs is not None
         after = request.steady_after
-        self._steady_from[slot] = _NEVER if after is None else len(request.prompt_token_ids) + after
+        # Whether rows that are re-parented may run ahead depends on how many they are: each step says so.
+        never = after is None or request.reparents
+        self._steady_from[slot] = _NEVER if never else len(request.prompt_token_ids) + (after or 0)
         for row, processor in enumerate(self.processors):
             self._slot_uses[row, slot] = processor.part.applies(request.params)
 
@@ -142,13 +149,30 @@ class SamplingStage:
         after: int | None = promise(params)
         return after
 
-    def are_steady(self, sampled: SampledRows) -> bool:
-        """Whether every row belongs to a sequence that may run ahead by now."""
+    def reparents(self, sampler: str) -> bool:
+        """Return whether rows of a sampler that run ahead may continue one another."""
+        return getattr(self.samplers[sampler].part, "reparents", False)
+
+    def of_requests(self, slots: NDArray[np.int64], request_ids: list[str]) -> NDArray[np.bool_]:
+        """Return which slots belong to some requests, bool ``[len(slots)]``."""
+        wanted = set(request_ids)
+        return np.array([self._request(slot).request_id in wanted for slot in slots.tolist()], dtype=np.bool_)
+
+    def run_ahead(self, sampled: SampledRows, scheduled: SchedulerOutput) -> NDArray[np.bool_]:
+        """Return which rows are to be launched, bool ``[rows]``: all that may run ahead, if all of them may.
+
+        Else only those of requests that are ``reparented``: the step before has left them on the device.
+        """
         slots = sampled.slots
-        return bool((self._steady_from[slots] <= self.batch.num_tokens[slots]).all())
+        steady: NDArray[np.bool_] = self._steady_from[slots] <= self.batch.num_tokens[slots]
+        self._unseen = scheduled.unseen
+        if not scheduled.reparented:
+            return steady if steady.all() else np.zeros_like(steady)
+        reparented = self.of_requests(slots, scheduled.reparented)
+        return steady | reparented if (steady | reparented).all() else reparented
 
     def launch(self, logits: torch.Tensor, sampled: SampledRows) -> Launched:
-        """Have the device sample rows that ``are_steady``, without waiting for it. Pass what comes to ``finish``.
+        """Have the device sample rows that ``run_ahead``, without waiting for it. Pass what comes to ``finish``.
 
         Args:
             logits: ``[len(sampled), vocab]`` in the model's dtype; may be written to.
@@ -175,29 +199,33 @@ class SamplingStage:
     ) -> None:
         mine, batch = sampled.take(rows), self.batch
         metadata = self._metadata(mine)
-        given = _take(logits, rows)
+        given = take_rows(logits, rows)
         # Only samplers that read logits as they are leave them so, and can be judged by what they have read.
         as_they_are = getattr(sampler, "reads_any_dtype", False)
         given = given if as_they_are else given.float()
         peaks = None if as_they_are else given.amax(1)
+        reparented = bool(getattr(sampler, "reparents", False))
+        metadata.runs_ahead = True
+        metadata.is_behind = self.of_requests(mine.slots, self._unseen) if reparented else None
         output = sampler.step(given, metadata)
-        if output.tokens.shape != (len(rows), 1) or output.drafts is not None or output.errors:
-            message = f"tokens {tuple(output.tokens.shape)} for {len(rows)} rows, or drafts or errors: it is not steady"
-            raise ValueError(message)
+        _check_ahead(output, len(rows), reparented=reparented)
         peaks = output.peaks if output.peaks is not None else peaks if peaks is not None else given.amax(1)
-        batch.last_tokens.index_copy_(0, metadata.slots, output.tokens[:, 0])
+        batch.last_tokens.index_copy_(0, metadata.slots, output.tokens[: len(rows), 0])
         self._keep_state(mine, metadata, output)
         claims, places = batch.claims[mine.slots], batch.num_tokens[mine.slots]
-        drawn.append(_Drawn(mine, claims, places, metadata, _copies(output), to_host(peaks)))
+        move = batch.reparent(mine.slots, metadata.slots, output.parents[: len(rows)]) if reparented else None
+        copies = _copies(output, in_place=not reparented)
+        drawn.append(_Drawn(mine, claims, places, metadata, copies, to_host(peaks), move))
 
     def _keep_state(self, rows: SampledRows, metadata: SamplingMetadata, output: SamplerOutput) -> None:
         """Leave what a strategy keeps with its rows on the device, for the next step."""
         if output.scores is None and output.tags is None:
             return
-        self.batch.keep_state(metadata.slots, output.scores, output.tags)
+        scores, tags = (None if c is None else c[: len(rows)] for c in (output.scores, output.tags))
+        self.batch.keep_state(metadata.slots, scores, tags)
         self._cached = {rows.slots.tobytes(): metadata}  # the other compositions have the old numbers
-        metadata.scores = metadata.scores if output.scores is None else output.scores
-        metadata.tags = metadata.tags if output.tags is None else output.tags
+        metadata.scores = metadata.scores if scores is None else scores
+        metadata.tags = metadata.tags if tags is None else tags
 
     def finish(self, launched: Launched, result: StepResult) -> StepResult:
         """Wait for a launched step, and note what came of it in ``result``, which is returned."""
@@ -214,12 +242,15 @@ class SamplingStage:
         for row in np.flatnonzero(~np.isfinite(peaks)).tolist():
             name = drawn.metadata.request_ids[row]
             errors.setdefault(name, _unusable(name, float(peaks[row])))
-        host, slots = _HostOutput.check(drawn.output, drawn.metadata, self.batch.vocab_size), drawn.rows.slots
-        same = self.batch.settle(slots, drawn.claims, drawn.places, host.tokens[:, 0])
+        slots, count = drawn.rows.slots, len(drawn.rows)
+        host = _HostOutput.check(drawn.output, drawn.metadata, self.batch.vocab_size, padded=drawn.move is not None)
+        if drawn.move is not None:
+            self.batch.learn(drawn.move, host.parents[:count])
+        same = self.batch.settle(slots, drawn.claims, drawn.places, host.tokens[:count, 0])
         if host.lists:
-            scores, tags = (None if column is None else column[same] for column in (host.scores, host.tags))
+            scores, tags = (None if column is None else column[:count][same] for column in (host.scores, host.tags))
             self.batch.note_state(slots[same], drawn.places[same] + 1, scores, tags)  # type: ignore[arg-type]
-        return self._split(host, drawn.rows, [])
+        return self._split(host, drawn.rows, []) if drawn.move is None else host.reparented()
 
     def run(self, logits: torch.Tensor, sampled: SampledRows, result: StepResult) -> None:
         """Sample the next tokens of the sequences that ``sampled`` names and note what came of it in ``result``.
@@ -254,7 +285,7 @@ class SamplingStage:
         rows = np.flatnonzero(self._slot_logprobs[slots])
         if not len(rows):
             return {}
-        log_probs = _take(logits, rows).log_softmax(-1)
+        log_probs = take_rows(logits, rows).log_softmax(-1)
         return dict(zip(rows.tolist(), log_probs, strict=True))
 
     def _process(self, logits: torch.Tensor, sampled: SampledRows, errors: dict[str, Exception]) -> None:
@@ -269,7 +300,7 @@ class SamplingStage:
         self, processor: LogitsProcessor, logits: torch.Tensor, sampled: SampledRows, rows: NDArray[np.int64]
     ) -> None:
         """Edit the processor's rows of ``logits`` in place."""
-        given = _take(logits, rows)
+        given = take_rows(logits, rows)
         edited = processor.apply(given, self._metadata(sampled.take(rows)))
         if edited.shape != given.shape:
             message = f"returned shape {tuple(edited.shape)}, expected {tuple(given.shape)}"
@@ -330,7 +361,8 @@ class SamplingStage:
     ) -> None:
         mine = sampled.take(rows)
         metadata = self._metadata(mine)
-        output = part.part.step(_take(logits, rows), metadata)
+        metadata.runs_ahead = False
+        output = part.part.step(take_rows(logits, rows), metadata)
         if output.errors:
             own = set(metadata.request_ids)
             result.errors |= {name: error for name, error in output.errors.items() if name in own}
@@ -429,17 +461,18 @@ class SamplingStage:
 
     def _metadata(self, rows: SampledRows) -> SamplingMetadata:
         """Return the rows' metadata; while the batch keeps its composition only positions are read anew."""
-        positions = to_device(self.batch.num_tokens[rows.slots] + rows.offsets, self.batch.device)
+        places = self.batch.num_tokens[rows.slots] + rows.offsets
+        positions = to_device(places, self.batch.device)
         if rows.drafted.any():
-            return self._with_drafts(rows, self._build_metadata(rows.slots, positions))
+            return self._with_drafts(rows, self._build_metadata(rows.slots, positions, places))
         if self._cached_version != self.batch.version:
             self._cached.clear()
             self._cached_version = self.batch.version
         key = rows.slots.tobytes()
         metadata = self._cached.get(key)
         if metadata is None:
-            metadata = self._cached[key] = self._build_metadata(rows.slots, positions)
-        metadata.positions = positions
+            metadata = self._cached[key] = self._build_metadata(rows.slots, positions, places)
+        metadata.positions, metadata.places = positions, places
         return metadata
 
     def _with_drafts(self, rows: SampledRows, metadata: SamplingMetadata) -> SamplingMetadata:
@@ -456,13 +489,16 @@ class SamplingStage:
             ]
         return metadata
 
-    def _build_metadata(self, slots: NDArray[np.int64], positions: torch.Tensor) -> SamplingMetadata:
+    def _build_metadata(
+        self, slots: NDArray[np.int64], positions: torch.Tensor, places: NDArray[np.int64]
+    ) -> SamplingMetadata:
         columns, host = self.batch.gather_columns(slots), self.batch.columns
         requests = [self._request(slot) for slot in slots.tolist()]
         histories = [self.batch.histories[slot] for slot in slots.tolist()]
         return SamplingMetadata(
-            **columns,
+            **columns,  # type: ignore[arg-type]  # tensors by name
             positions=positions,
+            places=places,
             request_ids=[request.request_id for request in requests],
             params=[request.params for request in requests],
             prompt_lengths=[len(request.prompt_token_ids) for request in requests],
@@ -534,8 +570,16 @@ class _HostOutput:
         return len(set(self.metadata.request_ids)) == len(self.tokens)
 
     @classmethod
-    def check(cls, output: SamplerOutput, metadata: SamplingMetadata, vocab_size: int) -> _HostOutput:
+    def check(
+        cls, output: SamplerOutput, metadata: SamplingMetadata, vocab_size: int, *, padded: bool = False
+    ) -> _HostOutput:
         """Refuse shapes and values that would corrupt the batch.
+
+        Args:
+            output: what a sampler answered.
+            metadata: what it was asked of.
+            vocab_size: width of a row of logits.
+            padded: whether children behind as many as there are rows may be missing, with -1 as their parent.
 
         Raises:
             ValueError: what is wrong, and what was expected.
@@ -545,7 +589,8 @@ class _HostOutput:
         if parents.ndim != 1 or tokens.ndim != 2 or len(parents) != len(tokens) or tokens.shape[1] < 1:  # noqa: PLR2004 (matrix)
             message = f"parents {parents.shape} and tokens {tokens.shape}: expected [m] and [m, k] with k >= 1"
             raise ValueError(message)
-        if len(parents) and not (parents.min() >= 0 and parents.max() < rows):
+        must_be = parents[:rows] if padded else parents
+        if len(parents) and not (must_be.min() >= 0 and parents.min() >= -1 and parents.max() < rows):
             message = f"parents {parents.tolist()} leave the {rows} rows of this step"
             raise ValueError(message)
         if tokens.size and not (tokens.min() >= -1 and tokens.max() < vocab_size):
@@ -581,6 +626,29 @@ class _HostOutput:
         _check_none_is_idle([s.request_id for s in samples if s.tokens and not any(s.tokens)])
         return samples
 
+    def reparented(self) -> list[RequestSample]:
+        """Return one sample for each request of a step whose rows have gone on already (see ``RequestSample``)."""
+        rows, spans = self.metadata.num_rows, self.metadata.groups
+        ending = np.flatnonzero(self.parents[rows:] >= 0) + rows
+        owners = np.searchsorted([span.start for _, span in spans], self.parents[ending], side="right") - 1
+        ending_of: list[list[int]] = [[] for _ in spans]
+        for child, owner in zip(ending.tolist(), owners.tolist(), strict=True):
+            ending_of[owner].append(child)
+        parents, tokens, samples = self.parents.tolist(), self.tokens.tolist(), []
+        for (request_id, span), ended in zip(spans, ending_of, strict=True):
+            children = [*span, *ended]
+            mine = [parents[child] - span.start for child in children]
+            if not all(place in range(len(span)) for place in mine):
+                message = f"rows of request {request_id!r} continue rows {mine} of its {len(span)}"
+                raise ValueError(message)
+            columns = self.columns(children)
+            samples.append(
+                RequestSample(
+                    request_id, mine, [tokens[c] for c in children], [0] * len(mine), is_reparented=True, **columns
+                )
+            )
+        return samples
+
     def columns(self, children: list[int]) -> dict[str, Any]:
         """Return what a sample keeps of the optional columns, for these rows."""
         found = {name: [column[child] for child in children] for name, column in self.lists.items()}
@@ -595,12 +663,26 @@ def _check_none_is_idle(request_ids: list[str]) -> None:
         raise ValueError(message)
 
 
-def _copies(output: SamplerOutput) -> SamplerOutput:
-    """Return the answer of a step whose rows go on in place, on its way to the host."""
+def _check_ahead(output: SamplerOutput, rows: int, *, reparented: bool) -> None:
+    """Refuse an answer that steps cannot run on from.
+
+    Raises:
+        ValueError: what it is, and for how many rows.
+    """
+    shape = tuple(output.tokens.shape)
+    fits = shape[0] >= rows if reparented else shape[0] == rows
+    if not fits or shape[1:] != (1,) or output.drafts is not None or output.errors:
+        message = f"tokens {shape} for {rows} rows, or drafts or errors: it is not steady"
+        raise ValueError(message)
+
+
+def _copies(output: SamplerOutput, *, in_place: bool) -> SamplerOutput:
+    """Return the answer of a step that was run on from, on its way to the host."""
     columns: dict[str, Any] = {
         name: to_host(column) for name in _OPTIONAL if (column := getattr(output, name)) is not None
     }
-    return attrs.evolve(output, tokens=to_host(output.tokens), parents=identity(len(output.tokens), _HOST), **columns)
+    parents = identity(len(output.tokens), _HOST) if in_place else to_host(output.parents)
+    return attrs.evolve(output, tokens=to_host(output.tokens), parents=parents, **columns)
 
 
 def _unusable(request_id: str, peak: float) -> FoloError:
@@ -608,7 +690,7 @@ def _unusable(request_id: str, peak: float) -> FoloError:
     return FoloError(f"request {request_id!r}: its logits cannot be sampled: {reason}")
 
 
-def _take(logits: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
+def take_rows(logits: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
     """Return these rows: the tensor itself if they are all of it, else a copy."""
     if len(rows) == len(logits):
         return logits

@@ -179,12 +179,65 @@ class KVCacheManager:
         Returns:
             The device blocks it held, some of which others may still hold.
         """
+        held = [] if sequence.spare_block is None else [sequence.spare_block]
+        self.drop_spares([sequence])
         table, sequence.block_table = sequence.block_table, None
         sequence.num_computed_tokens = sequence.num_indexed_blocks = sequence.num_pending = 0
         if self.swap is not None and sequence.host_blocks:
             self.swap.drop(sequence.host_blocks)
             sequence.host_blocks = []
-        return [] if table is None else table.release()
+        return held if table is None else held + table.release()
+
+    # --- rows that go on with each other's blocks -----------------------------------------------------------------
+
+    def reserve_spares(self, sequences: SequenceOf[Sequence]) -> bool:
+        """Give each sequence of a group a spare block, if its next token does not begin a block.
+
+        Returns:
+            False if the pool has too few, and then nothing has changed.
+        """
+        if sequences[0].num_computed_tokens % self.block_size == 0:
+            self.drop_spares(sequences)
+            return True
+        bare = [sequence for sequence in sequences if sequence.spare_block is None]
+        if len(bare) > self.pool.num_available:
+            return False
+        for sequence, block in zip(bare, self.pool.allocate(len(bare)), strict=True):
+            sequence.spare_block = block
+        return True
+
+    def drop_spares(self, sequences: SequenceOf[Sequence]) -> None:
+        """Return the spare blocks of these sequences to the pool."""
+        for sequence in sequences:
+            if sequence.spare_block is not None:
+                self.pool.release([sequence.spare_block])
+                sequence.spare_block = None
+
+    def regroup(self, sequences: SequenceOf[Sequence], parents: SequenceOf[int], *, is_late: bool) -> None:
+        """Give each sequence of a group the blocks that its parent has.
+
+        Args:
+            sequences: a group whose sequences have computed equally many tokens.
+            parents: the sequence, counted from the first, that each one continues from here on.
+            is_late: whether the next step has begun: then the device has done this already, as ``Regrouping`` says,
+                and the last token that was computed is each one's own.
+        """
+        size = self.block_size
+        computed = sequences[0].num_computed_tokens - is_late
+        kept = computed // size if is_late else blocks_for(computed, size)
+        tables = [self._table(sequence).blocks for sequence in sequences]
+        changed = [(row, parent) for row, parent in enumerate(parents) if row != parent]
+        leads = [tables[parent][:kept] for _, parent in changed]
+        apart = [_first_difference(lead, tables[row]) for lead, (row, _) in zip(leads, changed, strict=True)]
+        for lead, first in zip(leads, apart, strict=True):  # before any is let go, which might free it
+            self.pool.share(lead[first:])
+        for lead, first, (row, _) in zip(leads, apart, changed, strict=True):
+            self.pool.release(tables[row][first:kept])
+            tables[row][:kept] = lead
+            if is_late and computed % size:
+                sequence = sequences[row]
+                assert sequence.spare_block is not None  # noqa: S101 (reserved before the step that is under way)
+                tables[row][kept], sequence.spare_block = sequence.spare_block, tables[row][kept]
 
     # --- to the host and back ---------------------------------------------------------------------------------------
 
@@ -201,6 +254,7 @@ class KVCacheManager:
         for sequence in sequences:
             # Steps in flight may bring newest tokens that are dropped with their rows: they will be run again.
             sequence.num_pending = 0
+            self.drop_spares([sequence])
             self.truncate(sequence, min(sequence.num_computed_tokens, sequence.num_tokens - 1))
         tables = [[] if s.block_table is None else s.block_table.blocks for s in sequences]
         host_tables, pairs = self.swap.store(tables)
@@ -237,7 +291,8 @@ class KVCacheManager:
             BlockPoolError: the books do not balance, or a block is known to hold what its owner's tokens are not.
         """
         known = list(sequences)
-        self.pool.check_integrity(s.block_table.blocks for s in known if s.block_table is not None)
+        spares = [s.spare_block for s in known if s.spare_block is not None]
+        self.pool.check_integrity([*(s.block_table.blocks for s in known if s.block_table is not None), spares])
         if self.swap is not None:
             self.swap.check_integrity([sequence.host_blocks for sequence in known])
         for sequence in known:
@@ -259,3 +314,11 @@ class KVCacheManager:
         if sequence.block_table is None:
             sequence.block_table = BlockTable(self.pool, self.block_size)
         return sequence.block_table
+
+
+def _first_difference(lead: list[int], other: list[int]) -> int:
+    """Return where two tables of sequences that were one part: from there on they have no block in common."""
+    place = len(lead)
+    while place and lead[place - 1] != other[place - 1]:
+        place -= 1
+    return place if lead[:place] == other[:place] else 0

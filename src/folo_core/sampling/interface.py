@@ -101,6 +101,13 @@ class Sampler(Protocol):
     ``step`` never waits for the device. Steps then run ahead: the next one starts from tokens that the host has not
     seen. None, as without the method, promises nothing. Where rows run ahead, a sampler whose attribute
     ``reads_any_dtype`` is true gets logits in the model's dtype, and leaves them as they are.
+
+    Where the attribute ``reparents`` is true as well, the promise is another one: each request keeps as many rows as it
+    has once they are its ``width``, and each goes on by one token, but may continue any of its request's rows. In a
+    step whose ``metadata.runs_ahead`` is true the answer has then a fixed shape: first the rows of the next step, as
+    many as of this one and in their order, a row in its parent's place wherever it is the parent's first child; then
+    children that end, with -1 as the parent of those that are missing. A row that goes nowhere (its search is over)
+    continues itself and is ``finished``.
     """
 
     def add_request(self, request: Request) -> None:

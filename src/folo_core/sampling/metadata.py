@@ -10,6 +10,9 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from folo_core.sampling_params import SamplingParams
 
 _TENSORS = (
@@ -55,6 +58,13 @@ class SamplingMetadata:
     """Each row's parameters, for rare, ragged fields (bias, bad words); hot fields are the tensors above."""
     prompt_lengths: list[int]
     """Number of prompt tokens of each row."""
+    places: NDArray[np.int64]
+    """int64 ``[rows]``: ``positions`` as the host has them."""
+    runs_ahead: bool = False
+    """Whether the next step starts before the host knows what comes of this one: ``step`` must not wait."""
+    is_behind: NDArray[np.bool_] | None = None
+    """bool ``[rows]``, where it runs ahead and rows are re-parented: whether the host has not seen what came of the
+    row's last step."""
     history: list[list[int]] | None = None
     """Token ids of each row, prompt and output, when some processor needs history; a view, never to be written."""
     all_greedy: bool = False
@@ -97,6 +107,7 @@ class SamplingMetadata:
         tensors = {name: getattr(self, name)[index] for name in _TENSORS}
         return SamplingMetadata(
             **tensors,
+            places=self.places[list(rows)],
             request_ids=[self.request_ids[row] for row in rows],
             params=[self.params[row] for row in rows],
             prompt_lengths=[self.prompt_lengths[row] for row in rows],

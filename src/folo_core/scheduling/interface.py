@@ -132,6 +132,12 @@ class SchedulerOutput:
     """Sequences that ended or were preempted since the last step."""
     new_blocks: dict[int, tuple[int, list[int]]] = attrs.field(factory=dict)
     """Sequence id to (first changed entry of its block table, blocks from there on)."""
+    reparented: list[str] = attrs.field(factory=list)
+    """Requests whose sequences the step may make continue one another, before the host knows."""
+    unseen: list[str] = attrs.field(factory=list)
+    """Those of them of which the same is true of the step before, so that the tables here are from before that one."""
+    spares: dict[int, int] = attrs.field(factory=dict)
+    """Sequence id to the block that it writes to if it turns out to continue another one (see ``Regrouping``)."""
     copy_sources: list[int] = attrs.field(factory=list)
     copy_destinations: list[int] = attrs.field(factory=list)
     zero_blocks: list[int] = attrs.field(factory=list)

@@ -49,6 +49,8 @@ class StepPlanner:
             True otherwise, also when no token budget is left and the request sits this step out.
         """
         live = request.live
+        if request.reparents and live[0].num_pending:
+            return self._extend_unseen(request, live)
         if self._take_one_each(request, live):
             return True
         if any(sequence.block_table is None for sequence in live):
@@ -243,6 +245,22 @@ class StepPlanner:
         self._note_request(request, count)
         return True
 
+    def _extend_unseen(self, request: Request, live: list[Sequence]) -> bool:
+        """As ``extend``, for a group of which the device alone knows who continues whom.
+
+        Each row gets a block for the case that it continues another one. The group waits for the host if memory is
+        short of these, or if more than one step is on its way.
+        """
+        if live[0].num_pending > 1 or request.has_all_tokens(live[0]) or self.tokens_left < len(live):
+            return True
+        if not self.state.kv.reserve_spares(live):
+            return True
+        if not (self._take_one_each(request, live) or self._advance(request)):
+            return False
+        self.output.unseen.append(request.request_id)
+        self.output.spares |= {s.seq_id: s.spare_block for s in live if s.spare_block is not None}
+        return True
+
     def _advance(self, request: Request) -> bool:
         """Schedule the next tokens of a group that is in memory, with its drafts if there is room for them."""
         live = request.live
@@ -344,6 +362,8 @@ class StepPlanner:
         self.output.scheduled.append(request)
         self.output.tokens_of_scheduled.append(count)
         self._scheduled.add(request.request_id)
+        if request.reparents and request.live[0].num_pending:
+            self.output.reparented.append(request.request_id)
 
     def _note_row(self, request: Request, sequence: Sequence, count: int) -> None:
         """Append one row of ``count`` new tokens and advance its sequence's progress, ahead of the device."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from folo_core.request import Request
@@ -64,6 +65,7 @@ def make_metadata(  # noqa: PLR0913 (each argument is one column of the metadata
         seeds=column(seeds if seeds is not None else [p.seed or 0 for p in params], torch.int64),
         sequence_indices=column(indices, torch.int64),
         positions=column([len(ids) for ids in history], torch.int64),
+        places=np.array([len(ids) for ids in history], dtype=np.int64),
         slots=column(rows, torch.int64),
         scores=column(scores if scores is not None else [0.0] * len(params), torch.float32),
         tags=column(tags if tags is not None else [0] * len(params), torch.int64),
