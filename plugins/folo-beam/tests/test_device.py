@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 import os
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
+import attrs
+import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -17,17 +20,22 @@ CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
 
-from folo_beam import BeamParams, device, steps  # noqa: E402
+from folo_beam import BeamParams, ahead, device, steps  # noqa: E402
 from folo_beam.grid import Grid  # noqa: E402
 from folo_beam.sampler import BeamSampler, Search  # noqa: E402
 from folo_core.sequence import SequenceStatus  # noqa: E402
 from folo_core.testing.builders import make_metadata, make_request  # noqa: E402
+
+if TYPE_CHECKING:
+    from folo_core.sampling.interface import SamplerOutput
+    from folo_core.sampling.metadata import SamplingMetadata
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's, of infinities
 PLACES = [
     pytest.param("cpu", marks=pytest.mark.skipif(CUDA, reason="kernels are compiled here, not interpreted")),
     pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]),
 ]
+PLACE = "cuda" if CUDA else "cpu"
 SMALL = device.Tuning(chunk=32, warps=4)
 
 
@@ -36,7 +44,7 @@ def place(request) -> str:
     return request.param
 
 
-def search_of(params: BeamParams, ends: tuple[int, ...], length: int, finished: list[tuple[float, int]]) -> Search:
+def search_of(params: BeamParams, ends: tuple[int, ...], length: int, finished: list[tuple[float, int]], lane: int = 0) -> Search:
     """A search whose rows have ``length`` tokens, and that has finished answers of these scores and lengths."""
     request = make_request("a", params)
     request.open_sequence(0).data.output_token_ids += [1] * length
@@ -46,15 +54,29 @@ def search_of(params: BeamParams, ends: tuple[int, ...], length: int, finished: 
         sequence.score, sequence.tag = score, 1
         sequence.transition(SequenceStatus.RUNNING)
         request.close_sequence(sequence, SequenceStatus.FINISHED_STOPPED)
-    return Search(request, params, ends, None)
+    return Search(request, params, ends, None, lane)
+
+
+def metadata_of(members: list[tuple[Search, range]], logits: torch.Tensor, scores: torch.Tensor) -> SamplingMetadata:
+    """What the rows of some searches are sampled with; each has a prompt of one token."""
+    params = [search.params for search, span in members for _ in span]
+    lengths = [len(search.request.live[0].data.output_token_ids) for search, span in members for _ in span]
+    metadata = make_metadata(
+        params,
+        vocab_size=logits.shape[1],
+        device=logits.device.type,
+        request_ids=[search.request.request_id for search, span in members for _ in span],
+        histories=[[0] * (1 + length) for length in lengths],
+        prompt_lengths=[1] * len(params),
+    )
+    metadata.scores, metadata.tags = scores, torch.zeros_like(metadata.tags)
+    return metadata
 
 
 def compare(logits: torch.Tensor, scores: torch.Tensor, members: list[tuple[Search, range]], tuning) -> int:
     """Assert that both ways give the same rows; return how many."""
-    params = [search.params for search, span in members for _ in span]
-    metadata = make_metadata(params, vocab_size=logits.shape[1], device=logits.device.type)
-    metadata.scores, metadata.tags = scores, torch.zeros_like(metadata.tags)
-    step = device.Step.start(logits, scores, members, tuning=tuning)
+    metadata = metadata_of(members, logits, scores)
+    step = device.Step.start(logits, metadata, members, tuning=tuning)
     if logits.is_cuda:
         torch.cuda.synchronize()
     found = step.columns()
@@ -98,8 +120,7 @@ def test_any_searches_advance_as_tensors_do(width, num_ends, each, data):
     logits[:, 1] = -math.inf
     logits[:, 2] += data.draw(st.sampled_from([0.0, 4.0]))
     scores = -torch.rand(start, generator=generator) * 5
-    place = "cuda" if CUDA else "cpu"
-    compare(logits.to(place), scores.to(place), members, SMALL)
+    compare(logits.to(PLACE), scores.to(PLACE), members, SMALL)
 
 
 def test_a_batch_of_wide_searches(place):
@@ -119,9 +140,9 @@ def test_a_batch_of_wide_searches(place):
 
 def test_of_equals_the_earlier_row_and_the_lower_token_come_first(place):
     search = search_of(BeamParams(width=3, max_tokens=9), (), 1, [])
-    step = device.Step.start(
-        torch.zeros(3, 70, device=place), torch.zeros(3, device=place), [(search, range(3))], tuning=SMALL
-    )
+    logits, members = torch.zeros(3, 70, device=place), [(search, range(3))]
+    metadata = metadata_of(members, logits, torch.zeros(3, device=place))
+    step = device.Step.start(logits, metadata, members, tuning=SMALL)
     if place == "cuda":
         torch.cuda.synchronize()
     parents, tokens, *_ = step.columns()
@@ -164,3 +185,86 @@ def test_the_sampler_steps_by_kernels_and_tensors_alike(place, monkeypatch):
         assert getattr(outputs[0], name).tolist() == getattr(outputs[1], name).tolist()
     torch.testing.assert_close(outputs[0].scores.cpu(), outputs[1].scores.cpu())
     assert BeamSampler.reads_any_dtype
+
+
+def family(output: SamplerOutput, span: range, rows: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Return parents and tokens of a search's rows that go on, and of its children that end, in any order."""
+    parents, tokens, ended = output.parents.tolist(), output.tokens[:, 0].tolist(), output.finished.tolist()
+    going = [(parents[row], tokens[row]) for row in span if not ended[row]]
+    ends = [(parents[rows + row], tokens[rows + row]) for row in span if parents[rows + row] >= 0]
+    for row in span:
+        children = [parent for parent, _ in going if parent == row]
+        assert not children or parents[row] == row, "the first child of a row goes on in its place"
+        assert not ended[row] or parents[row] == row
+    return sorted(going), sorted(ends)
+
+
+def advance_both_ways(members: list[tuple[Search, range]], logits: torch.Tensor, scores: torch.Tensor, pools) -> int:
+    """Assert that a step ahead has the children that a step of the host has; return how many go on."""
+    metadata, rows = metadata_of(members, logits, scores), len(logits)
+    metadata.is_behind = np.array([search.request.finished == [] for search, span in members for _ in span])
+    output = ahead.go_on(logits, metadata, [members], pools, tuning=SMALL)
+    given = metadata_of(members, logits, scores)
+    parents, tokens, _, totals, _, ends = (c.cpu().tolist() for c in Grid.of(logits.float(), given, members).advance())
+    count = 0
+    for _, span in members:
+        mine = [place for place, parent in enumerate(parents) if parent in span]
+        expected = [sorted((parents[i], tokens[i]) for i in mine if ends[i] == end) for end in (False, True)]
+        assert list(family(output, span, rows)) == expected
+        count += len(expected[0])
+    found = sorted(zip(output.parents.tolist(), output.tokens[:, 0].tolist(), output.scores.tolist(), strict=True))
+    for parent, token, total in zip(parents, tokens, totals, strict=True):
+        assert any((p, t) == (parent, token) and abs(score - total) < 1e-4 for p, t, score in found)
+    return count
+
+
+@settings(max_examples=8, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@given(width=st.integers(1, 4), each=st.lists(searches, min_size=1, max_size=2), seed=st.integers(0, 999))
+def test_a_step_ahead_has_the_children_of_a_step_of_the_host(width, each, seed):
+    members = []
+    for number, drawn in enumerate(each):
+        fields = {**drawn, "width": width}
+        fields.pop("first")
+        finished = fields.pop("finished")
+        search = search_of(BeamParams(**fields), (2,), 2, finished or [(-3.0, 1)], number)
+        members.append((attrs.evolve(search, request=named(search.request, str(number))), members_span(number, width)))
+    generator = torch.Generator().manual_seed(seed)
+    logits, scores = torch.randn(len(each) * width, 40, generator=generator) * 3, -torch.rand(len(each) * width) * 5
+    logits[:, 2] += seed % 3 * 2
+    advance_both_ways(members, logits.to(PLACE), scores.to(PLACE), ahead.Pools())
+
+
+def named(request, name: str):
+    return attrs.evolve(request, request_id=name)
+
+
+def members_span(number: int, width: int) -> range:
+    return range(number * width, number * width + width)
+
+
+@pytest.mark.parametrize("early_stopping", [True, False, "never"])
+def test_what_has_finished_is_kept_on_the_device(place, early_stopping):
+    """A search of several steps of which the host learns nothing goes as one of which it learns all."""
+    params = BeamParams(width=3, max_tokens=12, early_stopping=early_stopping, length_penalty=0.7)
+    pools, span = ahead.Pools(), range(3)
+    finished, scores, goes_on = [], torch.tensor([-0.5, -1.0, -1.5], device=place), []
+    for length in range(2, 9):
+        logits = (torch.randn(3, 40, generator=torch.Generator().manual_seed(length)) * 2).to(place)
+        logits[:, 2] += 2.5
+        search = search_of(params, (2,), length, finished)
+        metadata = metadata_of([(search, span)], logits, scores)
+        metadata.is_behind = np.full(3, length > 2)
+        output = ahead.go_on(logits, metadata, [[(search, span)]], pools, tuning=SMALL)
+        expected = Grid.of(logits.float(), metadata_of([(search, span)], logits, scores), [(search, span)]).advance()
+        ends = expected[5].cpu().tolist()
+        children = list(zip(expected[0].tolist(), expected[1].tolist(), strict=True))
+        assert list(family(output, span, 3)) == [
+            sorted(c for c, end in zip(children, ends, strict=True) if end == kind) for kind in (False, True)
+        ]
+        finished += [(total, length + 1) for total, end in zip(expected[3].tolist(), ends, strict=True) if end]
+        goes_on.append(not all(ends))
+        if not goes_on[-1]:
+            break
+        scores = output.scores[:3]
+    assert len(finished) > 2
+    assert len(goes_on) > 2

@@ -9,6 +9,7 @@ Import this module only where triton is installed.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import attrs
@@ -21,10 +22,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from folo_beam.sampler import Search
+    from folo_core.sampling.metadata import SamplingMetadata
 
 _LOWEST = tl.constexpr(float("-inf"))
-_FIELDS = tl.constexpr(6)
-"""What the host tells of a search beside its kept scores and the tokens that end an answer; see ``_settings``."""
+FIELDS = tl.constexpr(9)
+"""What the host tells of a search beside its kept scores and the tokens that end an answer; see ``settings_of``."""
 MOST_CANDIDATES = 2048
 """Up to this many candidates of a search, rounded up to powers of two, are ranked by one program."""
 
@@ -119,11 +121,9 @@ def _worst_kept(pool, final, ending, width):
 
 
 @triton.jit
-def _settle(settings, width, score, going, ending, POOL: tl.constexpr):
+def _settle(settings, pool, width, score, going, ending):
     """Drop from ``ending`` what is not among the best finished, and from ``going`` all of a search that is over."""
     divisor, reach, early = tl.load(settings + 3), tl.load(settings + 4), tl.load(settings + 5).to(tl.int32)
-    slots = tl.arange(0, POOL)
-    pool = tl.load(settings + _FIELDS + slots, mask=slots < width, other=_LOWEST)
     complete = tl.sum((pool > _LOWEST).to(tl.int32)) // width
     ending = ending & (early * complete == 0)
     final = score.to(tl.float64) / divisor
@@ -131,17 +131,19 @@ def _settle(settings, width, score, going, ending, POOL: tl.constexpr):
     best = tl.max(tl.where(going, score, _LOWEST)).to(tl.float64) / reach
     # Numbers, as the interpreter cannot spread a truth value that was compared from floats.
     goes_on = tl.where((worst == _LOWEST) | ((early == 0) & (best > worst)), 1, 0)
-    return going & (goes_on > 0), ending & (final >= worst)
+    return going & (goes_on > 0), ending & (final >= worst), final
 
 
 @triton.jit
-def _advance(
-    ids, log_probs, scores, settings, count, width, chosen,
-    ROWS: tl.constexpr, COUNT: tl.constexpr, POOL: tl.constexpr, ENDS: tl.constexpr,
+def choose(
+    ids, log_probs, scores, mine, pool, count, width, ROWS: tl.constexpr, COUNT: tl.constexpr, ENDS: tl.constexpr
 ):  # fmt: skip
-    """Per search: rank its candidates and store those that go on, then those that end; see ``Step.chosen``."""
-    search = tl.program_id(0)
-    mine = settings + search * (_FIELDS + width + ENDS)
+    """Rank a search's candidates.
+
+    Returns:
+        Of each, best first: its score, its row, counted within the search, its token and log probability, whether it
+        goes on, whether it ends, and its final score if it does.
+    """
     first, rows, last_step = tl.load(mine).to(tl.int32), tl.load(mine + 1).to(tl.int32), tl.load(mine + 2).to(tl.int32)
     rank = tl.arange(0, ROWS * COUNT)
     row, column = rank // COUNT, rank % COUNT
@@ -151,21 +153,44 @@ def _advance(
     order = tl.sort(_pack(_clean(total), rank), descending=True)
     score, place = _value_of(order), _id_of(order)
     live = score > _LOWEST
-    row = first + place // COUNT
-    token = tl.load(ids + row * count + place % COUNT, mask=live, other=-1)
-    log_prob = tl.load(log_probs + row * count + place % COUNT, mask=live, other=_LOWEST)
+    row = place // COUNT
+    candidate = (first + row) * count + place % COUNT
+    token = tl.load(ids + candidate, mask=live, other=-1)
+    log_prob = tl.load(log_probs + candidate, mask=live, other=_LOWEST)
     stops = live & (last_step > 0)
     for number in tl.static_range(ENDS):
-        stops = stops | (live & (token == tl.load(mine + _FIELDS + width + number).to(tl.int64)))
+        stops = stops | (live & (token == tl.load(mine + FIELDS + width + number).to(tl.int64)))
     going = live & (stops == 0)
     going = going & (tl.cumsum(going.to(tl.int32)) <= width)
-    going, ending = _settle(mine, width, score, going, stops & (rank < width), POOL)
+    going, ending, final = _settle(mine, pool, width, score, going, stops & (rank < width))
+    return score, row, token, log_prob, going, ending, final
+
+
+@triton.jit
+def told_pool(mine, width, POOL: tl.constexpr):
+    """Return a search's kept scores as the host told them, best first, -inf for each that is missing."""
+    slots = tl.arange(0, POOL)
+    return tl.load(mine + FIELDS + slots, mask=slots < width, other=_LOWEST)
+
+
+@triton.jit
+def _advance(
+    ids, log_probs, scores, settings, count, width, chosen,
+    ROWS: tl.constexpr, COUNT: tl.constexpr, POOL: tl.constexpr, ENDS: tl.constexpr,
+):  # fmt: skip
+    """Per search: rank its candidates and store those that go on, then those that end; see ``Step.chosen``."""
+    search = tl.program_id(0)
+    mine = settings + search * (FIELDS + width + ENDS)
+    pool = told_pool(mine, width, POOL)
+    score, row, token, log_prob, going, ending, _ = choose(
+        ids, log_probs, scores, mine, pool, count, width, ROWS, COUNT, ENDS
+    )
     slot = tl.where(going, tl.cumsum(going.to(tl.int32)), width + tl.cumsum(ending.to(tl.int32))) - 1
     target = chosen + (search * 2 * width + slot) * 3
     numbers = (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (
         log_prob.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
     )
-    tl.store(target, row.to(tl.int64), mask=going | ending)
+    tl.store(target, (row + tl.load(mine).to(tl.int32)).to(tl.int64), mask=going | ending)
     tl.store(target + 1, token, mask=going | ending)
     tl.store(target + 2, numbers, mask=going | ending)
 
@@ -180,7 +205,7 @@ def likeliest(logits: torch.Tensor, count: int, *, tuning: Tuning = TUNING) -> t
     """
     rows, vocab = logits.shape
     count = min(count, vocab)
-    chunks, top = triton.cdiv(vocab, tuning.chunk), _power(count)
+    chunks, top = triton.cdiv(vocab, tuning.chunk), power(count)
     if logits.stride(1) != 1 or top > tuning.chunk:
         message = f"logits with strides {logits.stride()}, count {count}: use contiguous rows, count <= {tuning.chunk}"
         raise ValueError(message)
@@ -192,17 +217,17 @@ def likeliest(logits: torch.Tensor, count: int, *, tuning: Tuning = TUNING) -> t
         logits, logits.stride(0), vocab, chunks, maxima, sums, tops,
         CHUNK=tuning.chunk, TOP=top, num_warps=tuning.warps,
     )  # fmt: skip
-    powers = {"CHUNKS": _power(chunks), "TOP": top}
+    powers = {"CHUNKS": power(chunks), "TOP": top}
     _merge[(rows,)](maxima, sums, tops, chunks, count, ids, log_probs, **powers)
     return ids, log_probs
 
 
 def fits(width: int, num_ends: int) -> bool:
     """Return whether a search of this width, with so many tokens that end an answer, is ranked by one program."""
-    return _power(width) * _power(width + num_ends) <= MOST_CANDIDATES
+    return power(width) * power(width + num_ends) <= MOST_CANDIDATES
 
 
-def _power(number: int) -> int:
+def power(number: int) -> int:
     """Return the least power of two that is not below ``number``, 2 at least: one entry cannot be sorted."""
     return max(2, int(triton.next_power_of_2(number)))
 
@@ -220,28 +245,25 @@ class Step:
 
     @classmethod
     def start(
-        cls, logits: torch.Tensor, scores: torch.Tensor, members: Sequence[tuple[Search, range]], *,
+        cls, logits: torch.Tensor, metadata: SamplingMetadata, members: Sequence[tuple[Search, range]], *,
         tuning: Tuning = TUNING,
     ) -> Step:  # fmt: skip
         """Set out without waiting for the device.
 
         Args:
             logits: ``[rows, vocab]``: all rows of the step.
-            scores: float32 ``[rows]``: each row's log probability so far.
+            metadata: what is known of them; ``scores`` are their log probabilities so far.
             members: searches of one shape, one lane and no phrases, and their rows.
             tuning: how the work is cut up.
         """
         width, _, num_ends, _ = members[0][0].shape
-        rows = [row for _, span in members for row in span]
-        if rows != list(range(len(logits))):
-            index = torch.tensor(rows, device=logits.device)
-            logits, scores = logits[index], scores[index]
+        rows, logits, scores = rows_of(logits, metadata.scores, members)
         ids, log_probs = likeliest(logits, width + num_ends, tuning=tuning)
-        settings = _to_device(_settings(members), logits.device)
+        settings = to_device(settings_of(members, metadata), logits.device)
         chosen = torch.full((len(members), 2 * width, 3), -1, dtype=torch.int64, device=logits.device)
         _advance[(len(members),)](
-            ids, log_probs, scores.contiguous(), settings, ids.shape[1], width, chosen,
-            ROWS=_power(width), COUNT=_power(ids.shape[1]), POOL=_power(width), ENDS=num_ends, enable_fp_fusion=False,
+            ids, log_probs, scores, settings, ids.shape[1], width, chosen,
+            ROWS=power(width), COUNT=power(ids.shape[1]), POOL=power(width), ENDS=num_ends, enable_fp_fusion=False,
         )  # fmt: skip
         return cls(rows, chosen.to("cpu", non_blocking=True))
 
@@ -256,26 +278,42 @@ class Step:
         return [torch.from_numpy(column) for column in found]
 
 
-def _to_device(values: list[list[float]], device: torch.device) -> torch.Tensor:
+def rows_of(
+    logits: torch.Tensor, scores: torch.Tensor, members: Sequence[tuple[Search, range]]
+) -> tuple[list[int], torch.Tensor, torch.Tensor]:
+    """Return the rows of some searches, and their logits and scores."""
+    rows = [row for _, span in members for row in span]
+    if rows != list(range(len(logits))):
+        index = torch.tensor(rows, device=logits.device)
+        logits, scores = logits[index], scores[index]
+    return rows, logits, scores.contiguous()
+
+
+def to_device(values: list[list[float]], device: torch.device) -> torch.Tensor:
     """Return float64 ``[searches, fields]`` on the device, on its way there."""
     if device.type != "cuda":
         return torch.tensor(values, dtype=torch.float64)
     return torch.tensor(values, dtype=torch.float64, pin_memory=True).to(device, non_blocking=True)
 
 
-def _settings(members: Sequence[tuple[Search, range]]) -> list[list[float]]:
-    """Return what the kernel is told of each search: ``_FIELDS`` numbers, the kept scores, what ends an answer.
+def settings_of(members: Sequence[tuple[Search, range]], metadata: SamplingMetadata) -> list[list[float]]:
+    """Return what kernels are told of each search: ``FIELDS`` numbers, the kept scores, what ends an answer.
 
     The numbers: its first row, how many it has, whether this is its last step, the divisors of a final score and of
-    the best that a live one may get, and whether it stops as soon as enough have finished.
+    the best that a live one may get, whether it stops as soon as enough have finished, its first row among all of the
+    step, the lane of its kept scores on the device, and whether the host is behind, so that only that one has them all.
     """
-    settings, first = [], 0
+    settings, first, behind = [], 0, metadata.is_behind
     for search, span in members:
-        params, length = search.params, len(search.request.live[0].data.output_token_ids) + 1
+        params, row = search.params, span.start
+        length = int(metadata.places[row]) - metadata.prompt_lengths[row] + 1
+        is_behind = behind is not None and bool(behind[row])
+        pool = [-math.inf] * params.width if is_behind else search.pool(1)
         penalty, most = params.length_penalty, params.max_tokens or 0
         distant = params.early_stopping == "never" and penalty > 0
         early = params.early_stopping is True or params.width == 1
         divisors = float(length) ** penalty, float(most if distant else length) ** penalty
-        settings.append([first, len(span), length >= most, *divisors, early, *search.pool(1), *search.ends])
+        numbers = first, len(span), length >= most, *divisors, early, row, search.lane, is_behind
+        settings.append([*numbers, *pool, *search.ends])
         first += len(span)
     return settings

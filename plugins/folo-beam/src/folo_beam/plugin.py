@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def _beam(context: SamplerContext) -> Sampler:
     from folo_beam.sampler import BeamSampler
 
-    return BeamSampler(context.tokenizer)
+    return BeamSampler(context.tokenizer, context.device.type)
 
 
 def _examples() -> list[BeamParams]:

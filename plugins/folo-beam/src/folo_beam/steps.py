@@ -38,4 +38,4 @@ def _start(logits: torch.Tensor, metadata: SamplingMetadata, members: list[tuple
         return None
     from folo_beam.device import Step, fits
 
-    return Step.start(logits, metadata.scores, members) if fits(width, num_ends) else None
+    return Step.start(logits, metadata, members) if fits(width, num_ends) else None
