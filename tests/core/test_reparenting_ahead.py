@@ -122,7 +122,7 @@ def beams(engine_options: dict[str, Any], sampler: Beams, seed: int) -> dict[str
 @settings(deadline=None, max_examples=20)
 @given(
     seed=st.integers(0, 10_000),
-    blocks=st.sampled_from([34, 44, 200]),
+    blocks=st.sampled_from([40, 48, 200]),
     swap=st.sampled_from(["0", "256"]),
     prefixes=st.booleans(),
     dies=st.booleans(),

@@ -20,11 +20,13 @@ CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
 
-from folo_beam import BeamParams, ahead, device, steps  # noqa: E402
+from folo_beam import BeamParams, ahead, device, sampler, steps  # noqa: E402
 from folo_beam.grid import Grid  # noqa: E402
 from folo_beam.sampler import BeamSampler, Search  # noqa: E402
+from folo_core.engine.engine import Engine  # noqa: E402
 from folo_core.sequence import SequenceStatus  # noqa: E402
 from folo_core.testing.builders import make_metadata, make_request  # noqa: E402
+from folo_core.testing.fakes import fake_components  # noqa: E402
 
 if TYPE_CHECKING:
     from folo_core.sampling.interface import SamplerOutput
@@ -44,7 +46,9 @@ def place(request) -> str:
     return request.param
 
 
-def search_of(params: BeamParams, ends: tuple[int, ...], length: int, finished: list[tuple[float, int]], lane: int = 0) -> Search:
+def search_of(
+    params: BeamParams, ends: tuple[int, ...], length: int, finished: list[tuple[float, int]], lane: int = 0
+) -> Search:
     """A search whose rows have ``length`` tokens, and that has finished answers of these scores and lengths."""
     request = make_request("a", params)
     request.open_sequence(0).data.output_token_ids += [1] * length
@@ -268,3 +272,37 @@ def test_what_has_finished_is_kept_on_the_device(place, early_stopping):
         scores = output.scores[:3]
     assert len(finished) > 2
     assert len(goes_on) > 2
+
+
+@pytest.mark.skipif(CUDA, reason="kernels are compiled here; tests/end_to_end/test_gpu_strategies.py runs them")
+def test_searches_that_run_ahead_of_the_host_answer_as_in_step(monkeypatch):
+    """An engine on the CPU, with the kernels interpreted: half of the searches are ahead of what the host knows."""
+    for module in (steps, sampler):
+        monkeypatch.setattr(module, "has_kernels", lambda _: True)
+    behind: list[bool] = []
+    go_on, start = ahead.go_on, device.Step.start
+
+    def watched(logits, metadata, *args):
+        behind.extend(metadata.is_behind.tolist())
+        return go_on(logits, metadata, *args, tuning=SMALL)
+
+    monkeypatch.setattr(device.Step, "start", lambda *args: start(*args, tuning=SMALL))
+
+    monkeypatch.setattr(ahead, "go_on", watched)
+    answers = []
+    for run_ahead in (False, True):
+        engine = Engine(fake_components(run_ahead=run_ahead, max_num_seqs=16))
+        for number, prompt in enumerate([[1, 2, 3], [9, 8, 7, 6, 5]]):
+            params = BeamParams(
+                width=2, max_tokens=6 + number, n=2, stop_token_ids=[number * 7], early_stopping=number == 0
+            )
+            engine.add_request(str(number), prompt, params)
+        done = {}
+        while engine.has_unfinished_requests:
+            done |= {output.request_id: output for output in engine.step() if output.finished}
+            engine.check_integrity()
+        answers.append({name: [(o.token_ids, o.score, o.finish_reason) for o in done[name].outputs] for name in "01"})
+        assert run_ahead == bool(behind)
+    assert answers[0] == answers[1]
+    assert behind.count(True) > 10
+    assert engine.state.kv.pool.num_free + engine.state.kv.pool.num_cached == engine.state.kv.pool.num_usable

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from folo_attention.host import HostBlocks
 from folo_kernels.gpu.attention import PagedAttention, Scoring
 from folo_kernels.gpu.blocks import DeviceBlocks, LayerShape
+from folo_kernels.gpu.regroup import Moves, regroup
 from folo_kernels.gpu.staging import StagedPlan
 
 if TYPE_CHECKING:
@@ -72,8 +73,21 @@ class TritonBackend:
     def plan(self, metadata: AttentionMetadata) -> StagedPlan:
         """Cut the step into work for the device, and put that there."""
         return self.attention.plan(
-            metadata.query_start, metadata.seq_lens, metadata.block_tables, is_captured=metadata.is_captured
+            metadata.query_start,
+            metadata.seq_lens,
+            metadata.block_tables,
+            is_captured=metadata.is_captured,
+            exchanging=[] if metadata.regrouping is None else metadata.regrouping.groups,
         )
+
+    def regroup(self, metadata: AttentionMetadata) -> None:
+        """Let rows go on with each other's blocks (see ``RegroupingBackend``)."""
+        asked, plan = metadata.regrouping, metadata.plan
+        if asked is None or not isinstance(plan, StagedPlan):
+            message = f"regrouping {asked} of a step planned as {plan!r}: give the plan of this backend's plan()"
+            raise TypeError(message)
+        moves = Moves(parents=asked.parents, groups=asked.groups, spares=asked.spares)
+        regroup(plan, metadata.slot_mapping, self.blocks, moves)
 
     def forward(  # noqa: PLR0913 (the protocol's signature)
         self,

@@ -13,6 +13,8 @@ from folo_kernels.gpu.plan import Tuning
 from folo_kernels.gpu.staging import Stager
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -280,12 +282,20 @@ class PagedAttention:
         # Made before any graph is captured, in which zeros would be written by replays alone.
         self._counters = [self._zeros(max_rows)]
 
-    def plan(self, query_start: Int32s, seq_lens: Int32s, tables: Int32s, *, is_captured: bool = False) -> StagedPlan:
+    def plan(
+        self,
+        query_start: Int32s,
+        seq_lens: Int32s,
+        tables: Int32s,
+        *,
+        is_captured: bool = False,
+        exchanging: Sequence[tuple[int, int]] = (),
+    ) -> StagedPlan:
         """Decide a step's work and put it on the device (arguments as for ``plan.cut``)."""
         if len(seq_lens) * self._kv_heads > self._counters[-1].numel():
             # A captured graph may still count in the older, fewer ones.
             self._counters.append(self._zeros(len(seq_lens)))
-        return self.stager.plan(query_start, seq_lens, tables, is_captured=is_captured)
+        return self.stager.plan(query_start, seq_lens, tables, is_captured=is_captured, exchanging=exchanging)
 
     def configs(self, layer: int) -> Configs:
         """Return what a layer's kernels are compiled for."""

@@ -65,6 +65,13 @@ class DeviceBlocks:
         """All layers' keys, then all layers' values; the first dimension is the block."""
         return [*self.keys, *self.values]
 
+    def pools(self) -> list[torch.Tensor]:
+        """All keys and values of one shape in one tensor each: ``[layers, num_blocks, kv_heads, block_size, size]``.
+
+        Float8 are seen as integers, which can be moved by index.
+        """
+        return [_as_numbers(pool) for pool in self._pools.values()]
+
     def bytes_per_block(self) -> int:
         """Bytes that one block takes over all layers."""
         return sum(cache[0].numel() * cache.element_size() for cache in self.tensors())
@@ -85,12 +92,12 @@ class DeviceBlocks:
         if not blocks:
             return
         index = upload(blocks, self.device)
-        for pool in map(_as_numbers, self._pools.values()):
+        for pool in self.pools():
             pool.index_fill_(1, index, 0)
 
     def _copy(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
         source, destination = upload([*sources, *destinations], self.device).split(len(sources))
-        for pool in map(_as_numbers, self._pools.values()):
+        for pool in self.pools():
             pool.index_copy_(1, destination, pool.index_select(1, source))
 
 

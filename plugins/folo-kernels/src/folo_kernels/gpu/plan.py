@@ -17,6 +17,8 @@ import attrs
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     Ints = NDArray[np.int64]
@@ -107,7 +109,14 @@ class StepWork:
     """Some items have several rows."""
 
 
-def cut(query_start: Int32s, seq_lens: Int32s, tables: Int32s, block_size: int, tuning: Tuning) -> StepWork:
+def cut(  # noqa: PLR0913, PLR0917 (a whole step)
+    query_start: Int32s,
+    seq_lens: Int32s,
+    tables: Int32s,
+    block_size: int,
+    tuning: Tuning,
+    exchanging: Sequence[tuple[int, int]] = (),
+) -> StepWork:
     """Cut a step into items and tiles.
 
     Args:
@@ -116,13 +125,16 @@ def cut(query_start: Int32s, seq_lens: Int32s, tables: Int32s, block_size: int, 
         tables: int32 ``[n, width]``: each sequence's blocks.
         block_size: tokens of a block.
         tuning: what decides sizes.
+        exchanging: first row and number of the rows of groups whose tables may yet be exchanged on the device: of each,
+            only what all its rows have in common counts as shared.
     """
     counts = np.diff(query_start)
     rows = np.zeros((len(seq_lens), FIELDS), np.int32)
     rows[:, 0], rows[:, 1], rows[:, 7] = query_start[:-1], seq_lens, counts
     single = counts == 1
     decodes = np.flatnonzero(single & (seq_lens > 0))
-    items, num_slots, has_shared = _decode_items(rows, decodes, tables, block_size, tuning)
+    chunks = _chunks(decodes, seq_lens, tables, block_size, tuning, exchanging)
+    items, num_slots, has_shared = _decode_items(rows, decodes, chunks, tuning)
     items = np.concatenate([items, _padding(np.flatnonzero(single & (seq_lens <= 0)))])
     tiles = _tiles(counts, seq_lens, tuning.tokens_per_tile)
     return StepWork(
@@ -134,11 +146,8 @@ def cut(query_start: Int32s, seq_lens: Int32s, tables: Int32s, block_size: int, 
     )
 
 
-def _decode_items(
-    rows: Int32s, decodes: Ints, tables: Int32s, block_size: int, tuning: Tuning
-) -> tuple[Int32s, int, bool]:
+def _decode_items(rows: Int32s, decodes: Ints, chunks: Ints, tuning: Tuning) -> tuple[Int32s, int, bool]:
     """Cut the decode rows into items, and say in ``rows`` where each one's partial results will be."""
-    chunks = _chunks(decodes, rows[:, 1], tables, block_size, tuning)
     segments = np.zeros((len(decodes) + len(chunks), 4), np.int64)
     own, shared = segments[: len(decodes)], segments[len(decodes) :]
     own[:, 0], own[:, 1], own[:, 3] = decodes, 1, rows[decodes, 1]
@@ -207,12 +216,20 @@ def _split(segments: Ints, extra: int, least: int, most: int) -> tuple[Int32s, I
     return items, splits, slots
 
 
-def _chunks(decodes: Ints, lengths: Int32s, tables: Int32s, block_size: int, tuning: Tuning) -> Ints:
+def _chunks(  # noqa: PLR0913, PLR0917 (as ``cut``)
+    decodes: Ints,
+    lengths: Int32s,
+    tables: Int32s,
+    block_size: int,
+    tuning: Tuning,
+    exchanging: Sequence[tuple[int, int]],
+) -> Ints:
     """Chunks of rows that share a prefix: int64 ``[chunks, 3]``: first row, rows, tokens they share."""
     most = tuning.rows_per_chunk
     if most < 2 or len(decodes) < 2:  # noqa: PLR2004 (fewer share nothing)
         return np.zeros((0, 3), np.int64)
     common = common_blocks(decodes, lengths // block_size, tables, max(1, -(-tuning.min_shared // block_size)))
+    level(common, exchanging)
     found = [
         (first + rows * i // parts, rows * (i + 1) // parts - rows * i // parts, shared * block_size)
         for first, rows, shared in groups(common)
@@ -220,6 +237,15 @@ def _chunks(decodes: Ints, lengths: Int32s, tables: Int32s, block_size: int, tun
         for i in range(parts)
     ]
     return np.array(found, np.int64).reshape(-1, 3)
+
+
+def level(common: Ints, exchanging: Sequence[tuple[int, int]]) -> None:
+    """Cut what rows share with the next, ``common``, down to what holds however rows of a group exchange tables."""
+    for first, rows in exchanging:
+        inside = common[first : first + rows - 1]
+        around = slice(max(0, first - 1), first + rows)
+        if len(inside):
+            np.minimum(common[around], inside.min(), out=common[around])
 
 
 def common_blocks(decodes: Ints, full: NDArray[np.integer], tables: Int32s, least: int) -> Ints:

@@ -11,6 +11,8 @@ import torch
 from folo_kernels.gpu.plan import FIELDS, cut
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from folo_kernels.gpu.plan import StepWork, Tuning
@@ -50,6 +52,8 @@ class StagedPlan:
     seq_lens: Int32s
     tables: Int32s
     """int32 ``[n, width]``: no wider than the longest sequence needs."""
+    exchanging: Sequence[tuple[int, int]]
+    """Groups of rows whose tables may have been exchanged on the device since (see ``plan.cut``)."""
     is_captured: bool
     work: StepWork
     tuning: Tuning
@@ -101,19 +105,27 @@ class Stager:
         self._turn = 0
         self._held: StagedPlan | None = None
 
-    def plan(self, query_start: Int32s, seq_lens: Int32s, tables: Int32s, *, is_captured: bool = False) -> StagedPlan:
+    def plan(
+        self,
+        query_start: Int32s,
+        seq_lens: Int32s,
+        tables: Int32s,
+        *,
+        is_captured: bool = False,
+        exchanging: Sequence[tuple[int, int]] = (),
+    ) -> StagedPlan:
         """Decide a step's work and put it on the device (arguments as for ``plan.cut``)."""
         width = max(1, -(-int(seq_lens.max(initial=0)) // self._block_size))
         tables = tables[:, :width]
-        work = cut(query_start, seq_lens, tables, self._block_size, self.tuning)
-        plan = StagedPlan(query_start, seq_lens, tables, is_captured, work, self.tuning)
+        work = cut(query_start, seq_lens, tables, self._block_size, self.tuning, exchanging)
+        plan = StagedPlan(query_start, seq_lens, tables, exchanging, is_captured, work, self.tuning)
         self.put(plan)
         return plan
 
     def regroup(self, plan: StagedPlan, group: int) -> None:
         """Plan a step again, for more query heads per KV head than it was planned for, as will be all steps to come."""
         self.tuning = plan.tuning = attrs.evolve(self.tuning, group=max(group, self.tuning.group))
-        plan.work = cut(plan.query_start, plan.seq_lens, plan.tables, self._block_size, plan.tuning)
+        plan.work = cut(plan.query_start, plan.seq_lens, plan.tables, self._block_size, plan.tuning, plan.exchanging)
         self._held = plan.device = None
         self.put(plan)
 
