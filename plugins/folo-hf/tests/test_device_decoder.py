@@ -141,6 +141,48 @@ def test_thin_products_are_a_matter_of_speed(thin_rows, tmp_path, monkeypatch):
     assert_right(tmp_path, model)
 
 
+JOINED = [("qkv", "out", "gate_up", "down"), ("out", "gate_up"), ("qkv", "down")]
+"""Products that are not torch's own: all, and such whose neighbours are."""
+
+
+@INTERPRETED
+@pytest.mark.parametrize("parts", JOINED)
+def test_joined_products_are_a_matter_of_speed(parts, tmp_path, monkeypatch):
+    import attrs
+
+    from folo_hf.device_layers import Linear
+    from folo_hf.joined_products import JoinedProducts
+    from folo_kernels.gpu.product_configs import ProductConfig
+
+    save_model(tmp_path, ARCHITECTURES["qwen3"]())
+    model = load(tmp_path, monkeypatch)
+    # What was read from a file may lie at any place.
+    layers = [
+        attrs.evolve(layer, **{part: Linear(getattr(layer, part).weight.clone(), None) for part in JOINED[0]})
+        for layer in model.device_decoder._layers
+    ]
+    model.device_decoder._layers = layers
+    joined = model.device_decoder.joined = JoinedProducts.make(model.device)
+    assert set(joined.configs(model.device_decoder._layers[0], 8).values()) == {None}
+    asked = []
+
+    def config_for(part, rows, outputs, inputs):
+        asked.append(part)
+        return ProductConfig(16, 32, 32, splits=1 + (part == "down")) if part in parts else None
+
+    joined.config_for = config_for
+    assert_right(tmp_path, model, new_tokens=1)
+    assert set(parts) <= set(asked)
+
+
+@INTERPRETED
+@pytest.mark.parametrize("name", ["qwen2", "gemma2"])
+def test_products_with_biases_or_norms_after_them_are_not_joined(name, tmp_path, monkeypatch):
+    save_model(tmp_path, ARCHITECTURES[name]())
+    layer = load(tmp_path, monkeypatch).device_decoder._layers[0]
+    assert not layer.joins
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "mixtral", "gpt-neox"])
 def test_fused_linears_give_the_same_and_hold_nothing_twice(name, tmp_path):
     module, bridge = load_plain(save_model(tmp_path, ARCHITECTURES[name]()))

@@ -95,6 +95,12 @@ class DeviceLayer:
         """Whether what is added to the residual stream is the product itself."""
         return self.attention_norm is None and self.output_norm is None
 
+    @property
+    def joins(self) -> bool:
+        """Whether its products are of the kind that can be joined with what surrounds them."""
+        has_biases = any(each.bias is not None for each in (self.qkv, self.out, self.gate_up, self.down))
+        return self.adds_plainly and not self.is_rounded and not has_biases
+
 
 @attrs.frozen(slots=True, kw_only=True, eq=False)
 class Ends:

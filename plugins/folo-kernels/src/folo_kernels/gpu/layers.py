@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 
-_NUMBERS: dict[Activation | None, int] = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
+ACTIVATION_NUMBERS: dict[Activation | None, int] = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
 
 SMALL_ROW, LARGE_ROW = 1024, 8192
 """Features up to which a norm's row takes four warps, and up to which it takes eight."""
@@ -195,7 +195,7 @@ def gated(gate_up: torch.Tensor, activation: Activation, *, pdl: bool = False) -
     if rows:
         block = min(GATED_BLOCK, triton.next_power_of_2(width // 2))
         grid = (rows, triton.cdiv(width // 2, block))
-        number = _NUMBERS[activation]
+        number = ACTIVATION_NUMBERS[activation]
         _gated_kernel[grid](gate_up, out, width // 2, ACTIVATION=number, PDL=pdl, BLOCK=block, **_pdl(pdl))
     return out
 
@@ -265,7 +265,7 @@ def thin_matmul(
         NORM=factor is not None,
         BIAS=bias is not None,
         ADD=add_to is not None,
-        ACTIVATION=_NUMBERS[activation],
+        ACTIVATION=ACTIVATION_NUMBERS[activation],
         PDL=pdl,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -331,11 +331,11 @@ def _await(PDL: tl.constexpr):
 
 
 @triton.jit
-def _activated(x, ACTIVATION: tl.constexpr):
+def activated(x, ACTIVATION: tl.constexpr):  # noqa: ANN201 (Triton's tensors have no types)
     """The activation of this number."""
     if ACTIVATION == 1:
         return x * tl.sigmoid(x)
-    elif ACTIVATION == 2:  # noqa: PLR2004 (see _NUMBERS)
+    elif ACTIVATION == 2:  # noqa: PLR2004 (see ACTIVATION_NUMBERS)
         # tanh(y) = 2 sigmoid(2 y) - 1
         return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     else:
@@ -445,7 +445,7 @@ def _gated_kernel(gate_up, out, width, ACTIVATION: tl.constexpr, PDL: tl.constex
     gate = tl.load(gate_up + row * 2 * width + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * width + width + column, mask=mask, other=0.0).to(tl.float32)
     # As the layers round: the activation first, then its product.
-    gate = _activated(gate, ACTIVATION).to(out.dtype.element_ty).to(tl.float32)
+    gate = activated(gate, ACTIVATION).to(out.dtype.element_ty).to(tl.float32)
     tl.store(out + row * width + column, (gate * up).to(out.dtype.element_ty), mask=mask)
 
 
@@ -487,7 +487,7 @@ def _thin_kernel(
     y = _finished(tl.sum(total, axis=2), squares, epsilon, bias, output, outputs, INPUTS, NORM, BIAS)
     if ACTIVATION:
         up = _finished(tl.sum(total_up, axis=2), squares, epsilon, bias + outputs, output, outputs, INPUTS, NORM, BIAS)
-        y = _activated(y, ACTIVATION) * up
+        y = activated(y, ACTIVATION) * up
     place = out + row[:, None] * outputs + output[None, :]
     mask = (row < rows)[:, None] & (output < outputs)[None, :]
     if ADD:
@@ -542,7 +542,7 @@ def _thin_dot_kernel(
     y = _finished(total, squares, epsilon, bias, output, outputs, INPUTS, NORM, BIAS)
     if ACTIVATION:
         up = _finished(total_up, squares, epsilon, bias + outputs, output, outputs, INPUTS, NORM, BIAS)
-        y = _activated(y, ACTIVATION) * up
+        y = activated(y, ACTIVATION) * up
     place = out + row[:, None] * outputs + output[None, :]
     mask = (row < rows)[:, None] & (output < outputs)[None, :]
     if ADD:

@@ -1,0 +1,103 @@
+"""A decoder layer's products on a CUDA device, joined with the norms, sums and activations around them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import attrs
+import torch
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import ModuleType
+
+    from folo_hf.device_layers import DeviceLayer, Linear
+    from folo_kernels.gpu.product_configs import Part, ProductConfig
+    from folo_kernels.gpu.products import ScaledRows
+
+ALIGNMENT = 16
+"""Bytes that a weight's place must be a multiple of to be read by tensor descriptors."""
+
+
+@attrs.define(slots=True, eq=False)
+class JoinedProducts:
+    """A layer's products, each joined with what surrounds it where that was measured as faster, else torch's own."""
+
+    config_for: Callable[[Part, int, int, int], ProductConfig | None]
+    """See ``folo_kernels.gpu.product_configs.config_for``."""
+    pdl: bool
+    """Launch each joined product while its predecessor still runs."""
+    _counters: torch.Tensor
+    _kernels: ModuleType
+    _products: ModuleType
+
+    @classmethod
+    def make(cls, device: torch.device) -> JoinedProducts:
+        """As measured."""
+        from folo_kernels.gpu import layers, products
+        from folo_kernels.gpu.product_configs import config_for
+
+        return cls(config_for, False, products.new_counters(device), layers, products)  # noqa: FBT003
+
+    def configs(self, layer: DeviceLayer, rows: int) -> dict[Part, ProductConfig | None]:
+        """How each of a layer's products is cut up, None where it is torch's."""
+        linears: dict[Part, Linear] = {
+            "qkv": layer.qkv,
+            "out": layer.out,
+            "gate_up": layer.gate_up,
+            "down": layer.down,
+        }
+        return {
+            part: self.config_for(part, rows, *linear.weight.shape)
+            if linear.weight.data_ptr() % ALIGNMENT == 0
+            else None
+            for part, linear in linears.items()
+        }
+
+    def multiply(self, x: torch.Tensor | ScaledRows, linear: Linear, config: ProductConfig | None) -> torch.Tensor:
+        """``x W^T``."""
+        if config is None:
+            return functional.linear(self.normed(x), linear.weight)
+        product: torch.Tensor = self._products.multiply(x, linear.weight, config, self._counters, pdl=self.pdl)
+        return product
+
+    def feed(self, x: torch.Tensor | ScaledRows, layer: DeviceLayer, config: ProductConfig | None) -> torch.Tensor:
+        """``activation(gate) * value``."""
+        if config is None:
+            product = functional.linear(self.normed(x), layer.gate_up.weight)
+            fed: torch.Tensor = self._kernels.gated(product, layer.activation, pdl=self.pdl)
+        else:
+            fed = self._products.gated_product(
+                x, layer.gate_up.weight, layer.activation, config, self._counters, pdl=self.pdl
+            )
+        return fed
+
+    def add(  # noqa: PLR0913 (the sum's parts and how to compute it)
+        self,
+        x: torch.Tensor,
+        linear: Linear,
+        residual: torch.Tensor,
+        norm: tuple[torch.Tensor, float],
+        config: ProductConfig | None,
+        *,
+        following: ProductConfig | None,
+    ) -> torch.Tensor | ScaledRows:
+        """Add ``x W^T`` to the residual stream; its norm, as the product that follows wants it."""
+        weight, pdl = linear.weight, self.pdl
+        found: torch.Tensor | ScaledRows
+        if config is None:
+            found, _ = self._kernels.add_norm(functional.linear(x, weight), residual, *norm, pdl=pdl)
+        elif following is None:
+            self._products.add_product(x, weight, residual, config, self._counters, pdl=pdl)
+            found = self._kernels.norm(residual, *norm, pdl=pdl)
+        else:
+            found = self._products.add_product_and_scale(x, weight, residual, *norm, config, self._counters, pdl=pdl)
+        return found
+
+    @staticmethod
+    def normed(x: torch.Tensor | ScaledRows) -> torch.Tensor:
+        """Rows for who does not divide them; :meth:`add` leaves them so."""
+        if not isinstance(x, torch.Tensor):
+            raise TypeError("x: rows yet to be divided: add() them for a product that follows as torch's own")
+        return x

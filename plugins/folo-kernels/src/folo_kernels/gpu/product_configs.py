@@ -1,0 +1,76 @@
+"""How products of some rows are cut up, as measured: ``bench/gpu/layers.py --only products --tune`` prints the table.
+
+Importing this module imports neither torch nor Triton.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import attrs
+
+Part = Literal["qkv", "out", "gate_up", "down"]
+"""A decoder layer's products."""
+
+
+@attrs.frozen(slots=True)
+class ProductConfig:
+    """A program makes ``block_outputs`` outputs of ``block_rows`` rows, ``block_inputs`` inputs at a time."""
+
+    block_rows: int
+    block_outputs: int
+    block_inputs: int
+    splits: int = 1
+    """Programs that share a tile's inputs; the last one adds up."""
+    num_warps: int = 4
+    num_stages: int = 4
+
+
+Measured = dict[int, ProductConfig | None]
+"""The best configuration for up to so many rows, ascending; None where torch's product and the kernels beside it are
+faster, as they are beyond the last."""
+
+
+def _rows(*columns: tuple[int, ...]) -> Measured:
+    """Rows and the numbers of their configuration, of which there are none for None."""
+    return {rows: ProductConfig(*numbers) if numbers else None for rows, *numbers in columns}
+
+
+TABLE: dict[tuple[Part, int, int], Measured] = {
+    # Qwen3-0.6B on an H100.
+    ("qkv", 4096, 1024): _rows(
+        (16, 16, 64, 128, 2, 4, 4),
+        (32, 32, 64, 128, 2, 4, 4),
+        (64, 64, 64, 128, 2, 4, 4),
+        (128, 128, 64, 64, 1, 4, 5),
+        (256, 128, 64, 64, 1, 4, 5),
+    ),
+    ("out", 1024, 2048): _rows(
+        (16, 16, 64, 128, 8, 4, 4),
+        (32, 32, 64, 128, 8, 4, 4),
+        (64, 64, 64, 128, 8, 4, 4),
+        (128, 64, 64, 64, 4, 4, 5),
+        (256, 64, 64, 64, 2, 4, 5),
+    ),
+    ("gate_up", 6144, 1024): _rows(
+        (16, 16, 64, 128, 2, 4, 4),
+        (32, 32, 64, 128, 2, 4, 4),
+        (64, 64, 64, 64, 2, 4, 4),
+        (128, 64, 64, 64, 1, 4, 5),
+        (256, 128, 64, 64, 1, 8, 4),
+    ),
+    ("down", 1024, 3072): _rows(
+        (16, 16, 64, 128, 8, 4, 4),
+        (32, 32, 64, 128, 8, 4, 4),
+        (64, 64, 64, 128, 8, 4, 4),
+        (128, 64, 64, 64, 4, 4, 5),
+        (256, 64, 64, 64, 2, 4, 5),
+    ),
+}
+"""By part, outputs and inputs of the weight; whatever is not listed is multiplied by torch."""
+
+
+def config_for(part: Part, rows: int, outputs: int, inputs: int) -> ProductConfig | None:
+    """The measured configuration, or None where torch's product is to be taken."""
+    measured = TABLE.get((part, outputs, inputs), {})
+    return next((config for most, config in measured.items() if rows <= most), None)
