@@ -6,8 +6,10 @@ its result.
 
     python bench/gpu/layers.py                    every table
     python bench/gpu/layers.py --only thin --tune every candidate configuration of the thin product
+    python bench/gpu/layers.py --only products layer --tune
+                                                  every candidate of the joined products, and what the best ones give
 
-``--only`` takes ``thin``, ``kernels`` and ``layer``.
+``--only`` takes ``thin``, ``kernels``, ``products`` and ``layer``.
 """
 
 from __future__ import annotations
@@ -24,56 +26,24 @@ from torch.nn import functional
 from folo_hf.attention import AttentionCall
 from folo_hf.device_decoder import DenseBlocks, DeviceDecoder
 from folo_hf.device_layers import DeviceLayer, Ends, Linear
+from folo_hf.joined_products import JoinedProducts
 from folo_kernels.gpu import layers as kernels
 from folo_kernels.gpu.layers import ThinConfig
+from graph_times import DEVICE, MODELS, microseconds, ones, random, weights_of
+from product_tuning import bench_products
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-DEVICE, DTYPE = "cuda", torch.bfloat16
+    from graph_times import Shape
+
 EPSILON = 1e-6
-COLD_BYTES = 400 * 2**20
-"""Weights that a graph reads: several times what the caches of any device hold."""
-MOST_COPIES = 64
 POSITIONS, BLOCK_SIZE = 4096, 16
-
-
-@attrs.frozen(kw_only=True)
-class Shape:
-    """A model's sizes."""
-
-    vocab: int
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    size: int
-    intermediate: int
-    head_norms: bool
-
-    @property
-    def weights(self) -> dict[str, tuple[int, int]]:
-        """Outputs and inputs of each product."""
-        return {
-            "qkv": ((self.heads + 2 * self.kv_heads) * self.size, self.hidden),
-            "out": (self.hidden, self.heads * self.size),
-            "gate_up": (2 * self.intermediate, self.hidden),
-            "down": (self.hidden, self.intermediate),
-            "head": (self.vocab, self.hidden),
-        }
-
-
-MODELS = {
-    "A": Shape(
-        vocab=151936, hidden=1024, layers=28, heads=16, kv_heads=8, size=128, intermediate=3072, head_norms=True
-    ),
-    "B": Shape(
-        vocab=128256, hidden=4096, layers=32, heads=32, kv_heads=8, size=128, intermediate=14336, head_norms=False
-    ),
-}
 
 PLAIN = [(1, 1024, 4), (2, 512, 4), (2, 1024, 4), (4, 256, 4), (4, 512, 4), (4, 1024, 4), (8, 256, 4), (8, 512, 4)]
 TENSOR_CORES = [(16, 128, 2), (16, 256, 4), (16, 512, 4), (32, 128, 4), (32, 256, 4), (64, 128, 4)]
+FEW, MANY = 8, 1 << 20
+"""Rows up to which every way to run a layer is tried."""
 LARGEST_TILE = 8192
 """Products of a plain tile beyond which they no longer fit into registers."""
 
@@ -92,49 +62,10 @@ def candidates(rows: int) -> list[ThinConfig]:
     ]
 
 
-def random(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
-    """Numbers that keep activations of order one."""
-    made = torch.randn(*shape, device=DEVICE, dtype=dtype)
-    return made.mul_(shape[-1] ** -0.5)
-
-
-def ones(size: int) -> torch.Tensor:
-    """A norm's factor."""
-    return torch.ones(size, device=DEVICE)
-
-
-def microseconds(calls: Sequence[Callable[[], object]], turns: int) -> float:
-    """How long each of the calls takes, one after another in a graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls[:2]:
-            call()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    best = float("inf")
-    for _ in range(turns):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        best = min(best, begin.elapsed_time(end))
-    return best * 1000 / len(calls)
-
-
 def shown(config: ThinConfig) -> str:
     """A configuration in short."""
     kind = "dot" if config.dot else "plain"
     return f"{kind} {config.block_outputs}x{config.block_inputs} w{config.num_warps} s{config.num_stages}"
-
-
-def weights_of(outputs: int, inputs: int) -> list[torch.Tensor]:
-    """As many of them as it takes to find none in the caches."""
-    copies = max(2, min(MOST_COPIES, COLD_BYTES // (2 * outputs * inputs)))
-    return [random(outputs, inputs) for _ in range(copies)]
 
 
 def thin_times(
@@ -273,32 +204,57 @@ def make_decoder(shape: Shape, layers: int) -> DeviceDecoder:
     return DeviceDecoder(made, ends, tables, POSITIONS)  # type: ignore[arg-type]
 
 
+@attrs.frozen
+class Kind:
+    """A way to run a layer."""
+
+    most_rows: int
+    """Rows beyond which it is not tried."""
+    thin: bool = False
+    joined: bool = False
+    pdl: bool = False
+
+
+KINDS = {
+    "linear": Kind(MANY),
+    "joined": Kind(MANY, joined=True),
+    "joined pdl": Kind(MANY, joined=True, pdl=True),
+    "linear pdl": Kind(FEW, pdl=True),
+    "thin": Kind(FEW, thin=True),
+    "thin pdl": Kind(FEW, thin=True, pdl=True),
+}
+
+
+def time_step(decoder: DeviceDecoder, rows: int, kind: Kind, turns: int) -> float:
+    """Milliseconds of a whole model's step."""
+    decoder.thin_rows, decoder.pdl = FEW if kind.thin else 0, kind.pdl
+    decoder.joined = JoinedProducts.make(torch.device(DEVICE)) if kind.joined else None
+    if decoder.joined is not None:
+        decoder.joined.pdl = kind.pdl
+    ids = torch.arange(rows, device=DEVICE)
+    return microseconds([lambda: decoder(ids, ids, ids, Slots(ids))], turns) / 1000  # type: ignore[arg-type]
+
+
 def bench_layer(options: argparse.Namespace) -> None:
-    """Whole models without attention, in one graph: with and without thin products and dependent launches."""
-    kinds = {"linear": (0, False), "linear pdl": (0, True), "thin": (16, False), "thin pdl": (16, True)}
+    """Whole models without attention, in one graph: with torch's products, joined and thin ones."""
     print("\nwhole model without attention: milliseconds a step; 'limit' is its weights at 3 TB/s")
-    print(f"{'model':5} {'rows':>4} {'limit':>7} " + " ".join(f"{kind:>11}" for kind in kinds))
+    print(f"{'model':5} {'rows':>4} {'limit':>7} " + " ".join(f"{kind:>11}" for kind in KINDS))
     for name in options.models:
         shape = MODELS[name]
         decoder = make_decoder(shape, shape.layers)
         layer = sum(outputs * inputs for part, (outputs, inputs) in shape.weights.items() if part != "head")
         limit = 2 * (shape.layers * layer + shape.vocab * shape.hidden) / 3e9
-        for rows in options.rows or (1, 2, 4, 8, 16, 64, 256):
+        for rows in options.rows or (1, 2, 8, 32, 64, 128, 256):
             decoder.bind(NoAttention(shape, shape.layers, rows))
-            ids = torch.arange(rows, device=DEVICE)
-            shows = []
-            for thin_rows, pdl in kinds.values():
-                if thin_rows and rows > thin_rows:
-                    shows.append(f"{'':>11}")
-                    continue
-                decoder.thin_rows, decoder.pdl = thin_rows, pdl
-                step = [lambda ids=ids, decoder=decoder: decoder(ids, ids, ids, Slots(ids))]
-                shows.append(f"{microseconds(step, options.turns) / 1000:11.3f}")
-            print(f"{name:5} {rows:4} {limit:7.3f} " + " ".join(shows))
+            shows = [
+                f"{time_step(decoder, rows, kind, options.turns):11.3f}" if rows <= kind.most_rows else f"{'':>11}"
+                for kind in KINDS.values()
+            ]
+            print(f"{name:5} {rows:4} {limit:7.3f} " + " ".join(shows), flush=True)
         del decoder
 
 
-BENCHES = {"thin": bench_thin, "kernels": bench_kernels, "layer": bench_layer}
+BENCHES = {"thin": bench_thin, "kernels": bench_kernels, "products": bench_products, "layer": bench_layer}
 
 
 def main() -> None:
@@ -308,7 +264,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--rows", nargs="+", type=int, help="numbers of rows; each table has its own unless given")
     parser.add_argument("--turns", type=int, default=20)
-    parser.add_argument("--tune", action="store_true", help="try every candidate configuration of thin products")
+    parser.add_argument("--tune", action="store_true", help="try every candidate configuration of the products")
+    parser.add_argument("--seconds", type=float, default=100, help="for tuning joined products, compilation included")
     parser.add_argument("--pdl", action="store_true", help="launch kernels while their predecessors still run")
     options = parser.parse_args()
     torch.manual_seed(0)

@@ -226,7 +226,7 @@ class DeviceDecoder:
         layer, blocks = self._layers[index], self._backend.blocks
         key_scale, value_scale = self.scales[index]
         query = qkv.new_empty(len(qkv), layer.heads, layer.size)
-        pdl = self.pdl and len(qkv) <= self.thin_rows
+        pdl = self.pdl and (len(qkv) <= self.thin_rows or (self.joined is not None and self.joined.pdl))
         self._kernels.rotate_and_store(
             qkv,
             positions,
