@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterable, Sequence
 
+    from graph_times import Shape
+
 EPSILON = 1e-6
+POSITIONS, BLOCK_SIZE = 4096, 16
 ROWS = {"A": (8, 16, 32, 64, 96, 128, 160, 192, 224, 256), "B": (8, 16, 32, 64)}
 PARTS: tuple[Part, ...] = get_args(Part)
-FOLLOWING: dict[Part, Part] = {"out": "gate_up", "down": "qkv"}
-"""What multiplies the rows that a part adds to and leaves for a norm."""
-
 BLOCK_ROWS = {16: (16,), 32: (32, 16), 64: (64, 32), 128: (128, 64), 1 << 20: (128, 64)}
 """Rows of a tile worth trying, for up to so many rows."""
 BLOCK_OUTPUTS, BLOCK_INPUTS, SPLITS = (32, 64, 128), (64, 128), (1, 2, 4, 8)
@@ -62,7 +62,7 @@ class Case:
     @property
     def weights(self) -> int:
         """Tiles of weights that a program reads for its outputs."""
-        return 2 if self.part == "gate_up" else 1
+        return 2 if self.part in {"gate_up", "rotated"} else 1
 
     def candidates(self) -> list[ProductConfig]:
         """Configurations worth trying."""
@@ -70,9 +70,10 @@ class Case:
         if self.model != "A":
             # Few are likely to gain anything.
             tall = tall[:1]
+        outputs = (MODELS[self.model].size // 2,) if self.part == "rotated" else BLOCK_OUTPUTS
         found = [
             ProductConfig(*sizes, splits, 8 if sizes[0] * sizes[1] * self.weights >= LARGEST_TILE else 4, stages)
-            for sizes in itertools.product(tall, BLOCK_OUTPUTS, BLOCK_INPUTS)
+            for sizes in itertools.product(tall, outputs, BLOCK_INPUTS)
             for splits in SPLITS
             if (stages := self.stages(*sizes))
         ]
@@ -93,7 +94,7 @@ class Case:
         return is_deep and small and (is_whole or PROGRAMS[0] <= programs <= PROGRAMS[1])
 
 
-@attrs.define
+@attrs.define(eq=False)
 class Result:
     """What was measured of a case, in microseconds."""
 
@@ -116,6 +117,24 @@ class Result:
         return min(self.times.values(), default=float("inf"))
 
 
+def rotation(shape: Shape, rows: int) -> products.Rotation:
+    """Where heads of random rows go."""
+    keys, values = (random(rows // BLOCK_SIZE + 2, shape.kv_heads, BLOCK_SIZE, shape.size) for _ in range(2))
+    norm = ones(shape.size) if shape.head_norms else None
+    positions = torch.arange(rows, device=DEVICE)
+    return products.Rotation(
+        positions=positions,
+        cosines=random(POSITIONS, shape.size, dtype=torch.float32),
+        sines=random(POSITIONS, shape.size, dtype=torch.float32),
+        slots=BLOCK_SIZE + positions,
+        keys=keys,
+        values=values,
+        query_norm=norm,
+        key_norm=norm,
+        epsilon=EPSILON,
+    )
+
+
 class Inputs:
     """What a part's products of all numbers of rows are given."""
 
@@ -125,10 +144,13 @@ class Inputs:
         self.x, self.residual = random(rows, case.inputs), random(rows, case.outputs)
         self.factor = ones(case.outputs)
         self.scaled = products.ScaledRows(self.x, torch.rand(rows, parts, device=DEVICE), EPSILON)
+        self.rotation = rotation(MODELS[case.model], rows) if case.part == "rotated" else None
 
     def joined(self, weight: torch.Tensor, config: ProductConfig, *, pdl: bool) -> object:
         """One product."""
         end: dict[str, Any] = {"config": config, "counters": self.counters, "pdl": pdl}
+        if self.rotation is not None:
+            return products.rotated_product(self.scaled, weight, self.rotation, **end)
         if self.part == "qkv":
             return products.multiply(self.scaled, weight, **end)
         if self.part == "gate_up":
@@ -138,6 +160,11 @@ class Inputs:
     def reference(self, weight: torch.Tensor) -> object:
         """The product of torch and the kernels beside it."""
         product = functional.linear(self.x, weight)
+        if self.rotation is not None:
+            _, kv_heads, _, size = self.rotation.keys.shape
+            query = product.new_empty(len(product), product.shape[1] // size - 2 * kv_heads, size)
+            kernels.rotate_and_store(product, query_out=query, **attrs.asdict(self.rotation, recurse=False))
+            return query
         if self.part == "qkv":
             return product
         if self.part == "gate_up":
@@ -235,6 +262,7 @@ def variants(config: ProductConfig, case: Case) -> list[ProductConfig]:
 def cases_of(model: str, options: argparse.Namespace) -> list[Case]:
     """All products of a model, at all numbers of rows."""
     sizes = MODELS[model].weights
+    sizes["rotated"] = sizes["qkv"]
     return [
         Case(model=model, part=part, rows=rows, outputs=sizes[part][0], inputs=sizes[part][1])
         for part in PARTS
@@ -282,19 +310,30 @@ def report(tuning: Tuning, text: str) -> None:
 
 
 def choose(results: Sequence[Result]) -> None:
-    """Decide for each sum and the product that follows it, together: only if both are joined is there no norm."""
+    """Decide for each sum and what follows it together: only if both are joined is there no norm between them."""
     by_part = {(result.case.part, result.case.rows): result for result in results}
-    for (part, rows), adding in by_part.items():
-        if part not in FOLLOWING:
-            continue
-        following = by_part[FOLLOWING[part], rows]
-        totals = {
-            (False, False): adding.reference + following.reference,
-            (True, False): adding.joined + adding.norm + following.reference,
-            (False, True): adding.reference + following.joined,
-            (True, True): adding.joined + following.joined,
-        }
-        adding.is_chosen, following.is_chosen = min(totals, key=totals.__getitem__)
+    for rows in sorted({result.case.rows for result in results}):
+        out, down, gate_up, qkv, rotated = (
+            by_part[part, rows] for part in ("out", "down", "gate_up", "qkv", "rotated")
+        )
+        _choose(out, {gate_up: gate_up.joined}, gate_up.reference)
+        # Whoever only multiplies leaves the rotation to its kernel.
+        rotation = rotated.reference - qkv.reference
+        _choose(down, {qkv: qkv.joined + rotation, rotated: rotated.joined}, rotated.reference)
+
+
+def _choose(adding: Result, following: dict[Result, float], reference: float) -> None:
+    """Mark the best of a sum and the ways to go on."""
+    totals: dict[tuple[bool, Result | None], float] = {
+        (False, None): adding.reference + reference,
+        (True, None): adding.joined + adding.norm + reference,
+    }
+    for result, time_of in following.items():
+        totals[False, result] = adding.reference + time_of
+        totals[True, result] = adding.joined + time_of
+    adding.is_chosen, chosen = min(totals, key=totals.__getitem__)
+    if chosen is not None:
+        chosen.is_chosen = True
 
 
 def show(results: Sequence[Result]) -> None:
@@ -311,19 +350,20 @@ def show(results: Sequence[Result]) -> None:
 
 
 def show_sums(results: Sequence[Result]) -> None:
-    """Print what a layer's four products and the kernels beside them take."""
-    print("\nmicroseconds of a layer's products and the kernels that joining spares")
+    """Print what a layer's products and the kernels beside them take, rotation included."""
+    print("\nmicroseconds of a layer without attention: torch's products and the kernels beside them, and as chosen")
     print(f"{'model':5} {'rows':>4} {'torch':>8} {'chosen':>8}")
-    for (model, rows), group in itertools.groupby(
-        sorted(results, key=lambda result: (result.case.model, result.case.rows)),
-        key=lambda result: (result.case.model, result.case.rows),
-    ):
-        mine = {result.case.part: result for result in group}
-        torchs = sum(result.reference for result in mine.values())
+    by_case = {(result.case.model, result.case.rows, result.case.part): result for result in results}
+    for model, rows in dict.fromkeys((result.case.model, result.case.rows) for result in results):
+        mine = {part: by_case[model, rows, part] for part in PARTS}
+        rotated, qkv = mine.pop("rotated"), mine.pop("qkv")
+        torchs = rotated.reference + sum(result.reference for result in mine.values())
         chosen = sum(result.joined if result.is_chosen else result.reference for result in mine.values())
-        chosen += sum(
-            mine[part].norm for part, after in FOLLOWING.items() if mine[part].is_chosen and not mine[after].is_chosen
-        )
+        chosen += rotated.joined if rotated.is_chosen else rotated.reference
+        if qkv.is_chosen:
+            chosen += qkv.joined - qkv.reference
+        chosen += mine["out"].norm if mine["out"].is_chosen and not mine["gate_up"].is_chosen else 0
+        chosen += mine["down"].norm if mine["down"].is_chosen and not (qkv.is_chosen or rotated.is_chosen) else 0
         print(f"{model:5} {rows:4} {torchs:8.2f} {chosen:8.2f}")
 
 

@@ -141,7 +141,7 @@ def test_thin_products_are_a_matter_of_speed(thin_rows, tmp_path, monkeypatch):
     assert_right(tmp_path, model)
 
 
-JOINED = [("qkv", "out", "gate_up", "down"), ("out", "gate_up"), ("qkv", "down")]
+JOINED = [("qkv", "out", "gate_up", "down"), ("out", "gate_up"), ("rotated", "down")]
 """Products that are not torch's own: all, and such whose neighbours are."""
 
 
@@ -163,16 +163,19 @@ def test_joined_products_are_a_matter_of_speed(parts, tmp_path, monkeypatch):
     ]
     model.device_decoder._layers = layers
     joined = model.device_decoder.joined = JoinedProducts.make(model.device)
-    assert set(joined.configs(model.device_decoder._layers[0], 8).values()) == {None}
     asked = []
 
     def config_for(part, rows, outputs, inputs):
         asked.append(part)
-        return ProductConfig(16, 32, 32, splits=1 + (part == "down")) if part in parts else None
+        half = layers[0].size // 2
+        return ProductConfig(16, half if part == "rotated" else 32, 32, 1 + (part == "down")) if part in parts else None
 
     joined.config_for = config_for
+    rotated, rotate = [], JoinedProducts.rotate
+    monkeypatch.setattr(JoinedProducts, "rotate", lambda *given: rotated.append(given) or rotate(*given))
     assert_right(tmp_path, model, new_tokens=1)
     assert set(parts) <= set(asked)
+    assert bool(rotated) == ("rotated" in parts)
 
 
 @INTERPRETED
@@ -253,3 +256,41 @@ def test_a_captured_step_gives_the_same(tokens, pdl, tmp_path):
         assert keys.flatten(1, 2)[1:].abs().sum() > 0
         torch.testing.assert_close(model.forward(ids, positions, rows, metadata), replayed, rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(backend.blocks.keys[1], keys, rtol=2e-2, atol=2e-2)
+
+
+@NEEDS_CUDA
+@pytest.mark.gpu
+@pytest.mark.parametrize("pdl", [False, True])
+def test_joined_products_of_a_measured_shape_give_the_same(pdl, tmp_path):
+    """All but attention of layers of Qwen3-0.6B's shape, captured, against torch's products."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    sizes = {"hidden_size": 1024, "head_dim": 128, "num_attention_heads": 16, "num_key_value_heads": 8}
+    config = TAKEN["qwen3"]()
+    for field, value in {**sizes, "intermediate_size": 3072, "max_position_embeddings": 512}.items():
+        setattr(config, field, value)
+    save_model(tmp_path, config)
+    model = make_loader(tmp_path, device="cuda", dtype="bfloat16", skip_tokenizer_init=True).load_model(None)
+    backend = DenseBackend.make(model.kv_cache_specs, 20, 16, model.device)
+    attend = type("Attend", (), {"blocks": backend.blocks, "attend": lambda _, layer, query, metadata, **call: query})
+    model.bind(attend())
+    decoder, joined = model.device_decoder, model.device_decoder.joined
+    assert joined is not None
+    joined.pdl = pdl
+    for count in (2, 8, 40, 100, 256):
+        rows = torch.arange(count, device="cuda")
+        metadata = type("Metadata", (), {"slot_mapping": rows + 16, "plan": None})
+        decoder.joined = None
+        wanted = model.forward(rows % 64, rows, rows, metadata).float()
+        keys = backend.blocks.keys[1].float()
+        backend.blocks.keys[1].zero_()
+        decoder.joined = joined
+        model.forward(rows % 64, rows, rows, metadata)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = model.forward(rows % 64, rows, rows, metadata)
+        for _ in range(3):
+            graph.replay()
+        assert float((found.float() - wanted).norm()) < 0.03 * float(wanted.norm())
+        assert float((backend.blocks.keys[1].float() - keys).norm()) < 0.03 * float(keys.norm())

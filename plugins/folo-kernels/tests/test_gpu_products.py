@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 from torch.nn import functional
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from folo_kernels.gpu import product_configs, product_kernels, products
+from folo_kernels.gpu import layers, product_configs, product_kernels, products
 from folo_kernels.gpu.product_configs import ProductConfig, config_for
 
 INTERPRETED = pytest.mark.skipif(
@@ -110,6 +112,67 @@ def test_a_gated_product(place, activation):
         assert not counters.any()
 
 
+def rotation(place, rows, heads, *, norms):
+    """Room for the heads of some rows, queries' and of keys and values, and where each goes."""
+    _, kv_heads, size = heads
+    factors = [make(place, size, dtype=torch.float32) if norms else None for _ in range(2)]
+    return products.Rotation(
+        positions=torch.randint(0, 50, (rows,), device=place[0]),
+        cosines=make(place, 50, size, dtype=torch.float32),
+        sines=make(place, 50, size, dtype=torch.float32),
+        slots=torch.randperm(rows * 4)[:rows].to(place[0]),
+        keys=torch.zeros(rows, kv_heads, 4, size, device=place[0], dtype=place[1]),
+        values=torch.zeros(rows, kv_heads, 4, size, device=place[0], dtype=place[1]),
+        query_norm=factors[0],
+        key_norm=factors[1],
+        epsilon=EPSILON,
+    )
+
+
+def put_apart(product, given, heads):
+    """The same by the kernel that rotates alone, which has tests of its own, in a rotation's own dtype."""
+    wide = {field: getattr(given, field) for field in ("positions", "cosines", "sines", "slots")}
+    store = {field: torch.zeros_like(getattr(given, field), dtype=torch.float32) for field in ("keys", "values")}
+    query = product.new_empty(len(product), heads[0], heads[2])
+    layers.rotate_and_store(
+        product, **wide, **store, query_out=query, query_norm=given.query_norm, key_norm=given.key_norm,
+        epsilon=given.epsilon,
+    )  # fmt: skip
+    return query, store["keys"], store["values"]
+
+
+@pytest.mark.parametrize("norms", [False, True])
+def test_heads_turned_and_put_in_place_by_their_product(place, norms):
+    counters, heads = products.new_counters(place[0]), (4, 2, 32 if place[0] == "cpu" else 128)
+    outputs = (heads[0] + 2 * heads[1]) * heads[2]
+    for (rows, _, inputs), config in cases(place):
+        if 2 * config.block_outputs != heads[2]:
+            continue
+        x, weight = make(place, rows, inputs) * 3, make(place, outputs, inputs) * inputs**-0.5
+        factor = make(place, inputs, dtype=torch.float32)
+        given = rotation(place, rows, heads, norms=norms)
+        query = products.rotated_product(scaled(x, factor), weight, given, config, counters)
+        product = (rms(x, factor) @ weight.double().T).float()
+        wanted = put_apart(product, given, heads)
+        for found, each in zip((query, given.keys, given.values), wanted, strict=True):
+            assert found.abs().sum() > 0
+            assert_near(found, each.double())
+        assert not counters.any()
+
+
+def test_heads_that_it_does_not_turn_are_refused(place):
+    x, weight, counters = make(place, 3, 16), make(place, 8 * 32, 16), products.new_counters(place[0])
+    given = rotation(place, 3, (4, 2, 32), norms=True)
+    assert products.rotates(weight, 32, given.keys, WHOLE)
+    assert not products.rotates(weight, 16, given.keys, WHOLE)
+    with pytest.raises(ValueError, match="heads of 64 features"):
+        products.rotated_product(x, weight, given, ProductConfig(16, 32, 16), counters)
+    with pytest.raises(ValueError, match="one of each of 2 rows"):
+        products.rotated_product(x[:2], weight, given, WHOLE, counters)
+    with pytest.raises(ValueError, match="both norms or neither"):
+        products.rotated_product(x, weight, attrs.evolve(given, key_norm=None), WHOLE, counters)
+
+
 def test_no_rows(place):
     counters, empty, weight = products.new_counters(place[0]), make(place, 0, 16), make(place, 16, 16)
     assert products.multiply(empty, weight, WHOLE, counters).shape == (0, 16)
@@ -148,6 +211,11 @@ def layers_product(part, rows, outputs, inputs):
     x, weight = make(place, rows, inputs), make(place, outputs, inputs) * inputs**-0.5
     factor, residual = make(place, inputs, dtype=torch.float32), make(place, rows, outputs)
     given, wanted = scaled(x, factor), rms(x, factor) @ weight.double().T
+    if part == "rotated":
+        heads = (16, 8, 128)
+        turning = rotation(place, rows, heads, norms=True)
+        run = partial(products.rotated_product, given, weight, turning, config, counters)
+        return (lambda pdl: run(pdl=pdl)), put_apart(wanted.float(), turning, heads)[0].double()
     if part == "qkv":
         return (lambda pdl: products.multiply(given, weight, config, counters, pdl=pdl)), wanted
     if part == "gate_up":

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from folo_hf.attention import AttentionBridge
     from folo_hf.device_layers import DeviceLayer, Ends, Linear
     from folo_hf.probe import ModelShape
-    from folo_kernels.gpu.products import ScaledRows
+    from folo_kernels.gpu.products import Rotation, ScaledRows
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +162,9 @@ class DeviceDecoder:
         kernels, following = self._kernels, self._norms()
         normed: torch.Tensor = kernels.norm(hidden, *following[0])
         for index, layer in enumerate(self._layers):
-            attended = self._attend(index, self._product(normed, layer.qkv), positions, metadata)
+            pdl = self.pdl and len(hidden) <= self.thin_rows
+            query = self._rotate(index, self._product(normed, layer.qkv), positions, metadata, pdl=pdl)
+            attended = self._attend(index, query, metadata, pdl=pdl)
             added = self._product(attended, layer.out)
             normed, _ = kernels.add_norm(added, hidden, layer.feed_norm, layer.epsilon, post=layer.attention_norm)
             added = self._product(self._feed(normed, layer), layer.down)
@@ -184,17 +186,23 @@ class DeviceDecoder:
 
         ``x`` is normed, or ready for a product that divides it.
         """
-        rows, norms = len(hidden), self._norms()
-        configs = [joined.configs(layer, rows) for layer in self._layers]
+        norms, pdl = self._norms(), joined.pdl
+        places = [self._rotation(joined, index, positions, metadata) for index in range(len(self._layers))]
+        configs = [joined.configs(*each, len(hidden)) for each in zip(self._layers, places, self.scales, strict=True)]
         x: torch.Tensor | ScaledRows = self._kernels.norm(hidden, *norms[0])
         for index, layer in enumerate(self._layers):
-            mine, following = configs[index], configs[index + 1]["qkv"] if index + 1 < len(configs) else None
-            qkv = joined.multiply(x, layer.qkv, mine["qkv"])
-            attended = self._attend(index, qkv, positions, metadata)
+            mine, following = configs[index], configs[index + 1] if index + 1 < len(configs) else {}
+            if mine["rotated"] is None:
+                qkv = joined.multiply(x, layer.qkv, mine["qkv"])
+                query = self._rotate(index, qkv, positions, metadata, pdl=pdl)
+            else:
+                query = joined.rotate(x, layer.qkv, places[index], mine["rotated"])
+            attended = self._attend(index, query, metadata, pdl=pdl)
             feed_norm = layer.feed_norm, layer.epsilon
             x = joined.add(attended, layer.out, hidden, feed_norm, mine["out"], following=mine["gate_up"])
             fed = joined.feed(x, layer, mine["gate_up"])
-            x = joined.add(fed, layer.down, hidden, norms[index + 1], mine["down"], following=following)
+            first = following.get("rotated") or following.get("qkv")
+            x = joined.add(fed, layer.down, hidden, norms[index + 1], mine["down"], following=first)
         return joined.normed(x)
 
     def _run_thin(self, hidden: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
@@ -203,7 +211,8 @@ class DeviceDecoder:
         for index, layer in enumerate(self._layers):
             norm: dict[str, Any] = {"epsilon": layer.epsilon, "pdl": self.pdl}
             qkv = multiply(hidden, layer.qkv.weight, bias=layer.qkv.bias, factor=layer.input_norm, **norm)
-            attended = self._attend(index, qkv, positions, metadata)
+            query = self._rotate(index, qkv, positions, metadata, pdl=self.pdl)
+            attended = self._attend(index, query, metadata, pdl=self.pdl)
             multiply(attended, layer.out.weight, bias=layer.out.bias, add_to=hidden, pdl=self.pdl)
             gate_up = layer.gate_up
             fed = multiply(
@@ -217,16 +226,13 @@ class DeviceDecoder:
             multiply(fed, layer.down.weight, bias=layer.down.bias, add_to=hidden, pdl=self.pdl)
         return self._kernels.norm(hidden, self._ends.norm, self._ends.epsilon, pdl=self.pdl)
 
-    def _attend(
-        self, index: int, qkv: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
+    def _rotate(
+        self, index: int, qkv: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata, *, pdl: bool
     ) -> torch.Tensor:
-        """Write keys and values into their blocks and attend, ``[tokens, heads * size]``."""
-        if self._backend is None:
-            raise RuntimeError("bind() a backend with blocks before a step")
-        layer, blocks = self._layers[index], self._backend.blocks
+        """Write keys and values into their blocks; queries ``[tokens, heads, size]``."""
+        layer, blocks = self._layers[index], self._blocks
         key_scale, value_scale = self.scales[index]
         query = qkv.new_empty(len(qkv), layer.heads, layer.size)
-        pdl = self.pdl and (len(qkv) <= self.thin_rows or (self.joined is not None and self.joined.pdl))
         self._kernels.rotate_and_store(
             qkv,
             positions,
@@ -242,8 +248,38 @@ class DeviceDecoder:
             value_scale=value_scale,
             pdl=pdl,
         )
+        return query
+
+    def _rotation(
+        self, joined: JoinedProducts, index: int, positions: torch.Tensor, metadata: AttentionMetadata
+    ) -> Rotation:
+        """As :meth:`_rotate` does it, for a product that does it."""
+        layer, blocks = self._layers[index], self._blocks
+        cosines, sines = self._rotary.tables[self._rotary.table_of[index]]
+        return joined.rotation(
+            positions=positions,
+            cosines=cosines,
+            sines=sines,
+            slots=metadata.slot_mapping,
+            keys=blocks.keys[index],
+            values=blocks.values[index],
+            query_norm=layer.query_norm,
+            key_norm=layer.key_norm,
+            epsilon=layer.epsilon,
+        )
+
+    @property
+    def _blocks(self) -> Blocks:
+        if self._backend is None:
+            raise RuntimeError("bind() a backend with blocks before a step")
+        return self._backend.blocks
+
+    def _attend(self, index: int, query: torch.Tensor, metadata: AttentionMetadata, *, pdl: bool) -> torch.Tensor:
+        """Attend over the blocks, ``[tokens, heads * size]``."""
+        if self._backend is None:
+            raise RuntimeError("bind() a backend with blocks before a step")
         attended = self._backend.attend(index, query, metadata, **self._calls[index], pdl=pdl)
-        return attended.reshape(len(qkv), layer.heads * layer.size)
+        return attended.reshape(len(query), -1)
 
     def _feed(self, normed: torch.Tensor, layer: DeviceLayer) -> torch.Tensor:
         """``activation(gate) * value`` of a feed-forward."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from folo_hf.device_layers import DeviceLayer, Linear
     from folo_kernels.gpu.product_configs import Part, ProductConfig
-    from folo_kernels.gpu.products import ScaledRows
+    from folo_kernels.gpu.products import Rotation, ScaledRows
 
 ALIGNMENT = 16
 """Bytes that a weight's place must be a multiple of to be read by tensor descriptors."""
@@ -40,20 +40,39 @@ class JoinedProducts:
 
         return cls(config_for, False, products.new_counters(device), layers, products)  # noqa: FBT003
 
-    def configs(self, layer: DeviceLayer, rows: int) -> dict[Part, ProductConfig | None]:
+    @property
+    def rotation(self) -> type[Rotation]:
+        """What :meth:`rotate` is told."""
+        kind: type[Rotation] = self._products.Rotation
+        return kind
+
+    def configs(
+        self, layer: DeviceLayer, rotation: Rotation, scales: tuple[float, float], rows: int
+    ) -> dict[Part, ProductConfig | None]:
         """How each of a layer's products is cut up, None where it is torch's."""
         linears: dict[Part, Linear] = {
+            "rotated": layer.qkv,
             "qkv": layer.qkv,
             "out": layer.out,
             "gate_up": layer.gate_up,
             "down": layer.down,
         }
-        return {
-            part: self.config_for(part, rows, *linear.weight.shape)
-            if linear.weight.data_ptr() % ALIGNMENT == 0
-            else None
+        found = {
+            part: None if linear.weight.data_ptr() % ALIGNMENT else self.config_for(part, rows, *linear.weight.shape)
             for part, linear in linears.items()
         }
+        config, weight, keys = found["rotated"], layer.qkv.weight, rotation.keys
+        fits = config and scales == (1, 1) and self._products.rotates(weight, rotation.cosines.shape[1], keys, config)
+        return found if fits else {**found, "rotated": None}
+
+    def rotate(
+        self, x: torch.Tensor | ScaledRows, linear: Linear, rotation: Rotation, config: ProductConfig
+    ) -> torch.Tensor:
+        """Queries ``[rows, heads, size]``; keys and values are written into their blocks."""
+        query: torch.Tensor = self._products.rotated_product(
+            x, linear.weight, rotation, config, self._counters, pdl=self.pdl
+        )
+        return query
 
     def multiply(self, x: torch.Tensor | ScaledRows, linear: Linear, config: ProductConfig | None) -> torch.Tensor:
         """``x W^T``."""

@@ -9,8 +9,8 @@ from typing import Literal
 
 import attrs
 
-Part = Literal["qkv", "out", "gate_up", "down"]
-"""A decoder layer's products."""
+Part = Literal["rotated", "qkv", "out", "gate_up", "down"]
+"""A decoder layer's products; the first is that of queries, keys and values together with their rotation."""
 
 
 @attrs.frozen(slots=True)
@@ -38,6 +38,13 @@ def _rows(*columns: tuple[int, ...]) -> Measured:
 
 TABLE: dict[tuple[Part, int, int], Measured] = {
     # Qwen3-0.6B on an H100.
+    ("rotated", 4096, 1024): _rows(
+        (16, 16, 64, 128, 4, 4, 3),
+        (32, 32, 64, 128, 4, 4, 3),
+        (64, 64, 64, 64, 4, 4, 4),
+        (128, 64, 64, 64, 2, 4, 4),
+        (256, 64, 64, 64, 1, 4, 5),
+    ),
     ("qkv", 4096, 1024): _rows(
         (16, 16, 64, 128, 2, 4, 4),
         (32, 32, 64, 128, 2, 4, 4),

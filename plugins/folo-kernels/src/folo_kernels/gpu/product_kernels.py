@@ -29,17 +29,20 @@ LINE = tl.constexpr(64)
 @triton.jit
 def _await(
     weights, first_row, first, begin, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK_OUT: tl.constexpr,
-    SHARE: tl.constexpr, PAIRED: tl.constexpr, PDL: tl.constexpr,
+    SHARE: tl.constexpr, SECOND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Let the next kernel be launched, have a tile's weights brought near, and wait for the kernel before."""
+    """Let the next kernel be launched, have a tile's weights brought near, and wait for the kernel before.
+
+    A pair of tiles lies SECOND outputs apart.
+    """
     if PDL:
         gdc_launch_dependents()
         if first_row == 0:
             pointers = weights + tl.minimum(first + tl.arange(0, BLOCK_OUT), OUTPUTS - 1) * INPUTS
             for start in range(begin, tl.minimum(begin + SHARE, INPUTS), LINE):
                 _prefetch(pointers + start)
-                if PAIRED:
-                    _prefetch(pointers + OUTPUTS * INPUTS + start)
+                if SECOND:
+                    _prefetch(pointers + SECOND * INPUTS + start)
         gdc_wait()
 
 
@@ -98,6 +101,23 @@ def _squares(squares, row, rows, PARTS: tl.constexpr, PARTS_TILE: tl.constexpr):
 
 
 @triton.jit
+def _multiply_pair(
+    x, weight, first_row, first, second, begin, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr, SHARE: tl.constexpr,
+):  # fmt: skip
+    """Sums of two tiles of outputs of the same rows, ``[BLOCK_OUT, BLOCK_ROWS]`` each."""
+    total = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
+    other = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
+    for start in tl.range(0, SHARE, BLOCK_IN):
+        a = x.load([first_row, begin + start])
+        w = weight.load([first, begin + start])
+        total = tl.dot(w, a.T, total, input_precision="ieee")
+        v = weight.load([second, begin + start])
+        other = tl.dot(v, a.T, other, input_precision="ieee")
+    return total, other
+
+
+@triton.jit
 def product_kernel(
     x, weight, weights, out, scaled, factor, squares, new_squares, partials, counters, rows, epsilon,
     INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr,
@@ -108,7 +128,7 @@ def product_kernel(
     tile, first_row, first, split = _place(rows, OUTPUTS, BLOCK_ROWS, BLOCK_OUT)
     share: tl.constexpr = (INPUTS + BLOCK_IN * SPLITS - 1) // (BLOCK_IN * SPLITS) * BLOCK_IN
     begin = split * share
-    _await(weights, first_row, first, begin, INPUTS, OUTPUTS, BLOCK_OUT, share, False, PDL)
+    _await(weights, first_row, first, begin, INPUTS, OUTPUTS, BLOCK_OUT, share, 0, PDL)
     row = first_row + tl.arange(0, BLOCK_ROWS)
     output = first + tl.arange(0, BLOCK_OUT)
     found = _squares(squares, row, rows, PARTS, PARTS_TILE)
@@ -154,18 +174,13 @@ def gated_product_kernel(
     tile, first_row, first, split = _place(rows, OUTPUTS, BLOCK_ROWS, BLOCK_OUT)
     share: tl.constexpr = (INPUTS + BLOCK_IN * SPLITS - 1) // (BLOCK_IN * SPLITS) * BLOCK_IN
     begin = split * share
-    _await(weights, first_row, first, begin, INPUTS, OUTPUTS, BLOCK_OUT, share, True, PDL)
+    _await(weights, first_row, first, begin, INPUTS, OUTPUTS, BLOCK_OUT, share, OUTPUTS, PDL)
     row = first_row + tl.arange(0, BLOCK_ROWS)
     output = first + tl.arange(0, BLOCK_OUT)
     found = _squares(squares, row, rows, PARTS, PARTS_TILE)
-    gate = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
-    up = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
-    for start in tl.range(0, share, BLOCK_IN):
-        a = x.load([first_row, begin + start])
-        w = weight.load([first, begin + start])
-        gate = tl.dot(w, a.T, gate, input_precision="ieee")
-        v = weight.load([OUTPUTS + first, begin + start])
-        up = tl.dot(v, a.T, up, input_precision="ieee")
+    gate, up = _multiply_pair(
+        x, weight, first_row, first, OUTPUTS + first, begin, BLOCK_ROWS, BLOCK_OUT, BLOCK_IN, share
+    )  # fmt: skip
     if SPLITS > 1:
         step: tl.constexpr = BLOCK_OUT * BLOCK_ROWS
         cells = _cells(partials, tile, 2 * SPLITS, BLOCK_ROWS, BLOCK_OUT)
@@ -183,3 +198,85 @@ def gated_product_kernel(
     mask = (row < rows)[:, None] & (output < OUTPUTS)[None, :]
     y = (activated(gate, ACTIVATION) * up).to(out.dtype.element_ty)
     tl.store(out + row[:, None] * OUTPUTS + output[None, :], y, mask=mask)
+
+
+@triton.jit
+def rotated_product_kernel(
+    x, weight, weights, squares, partials, counters, positions, slots, cosines, sines, query_norm, key_norm,
+    query, keys, values, rows, epsilon, head_epsilon,
+    INPUTS: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, SPLITS: tl.constexpr,
+    PARTS: tl.constexpr, PARTS_TILE: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One head of some rows, its first and second half of BLOCK_OUT features each; normed, turned and put in place."""
+    size: tl.constexpr = 2 * BLOCK_OUT
+    outputs: tl.constexpr = (HEADS + 2 * KV_HEADS) * BLOCK_OUT
+    tile, first_row, first, split = _place(rows, outputs, BLOCK_ROWS, BLOCK_OUT)
+    share: tl.constexpr = (INPUTS + BLOCK_IN * SPLITS - 1) // (BLOCK_IN * SPLITS) * BLOCK_IN
+    begin, first = split * share, 2 * first
+    _await(weights, first_row, first, begin, INPUTS, 2 * outputs, BLOCK_OUT, share, BLOCK_OUT, PDL)
+    row = first_row + tl.arange(0, BLOCK_ROWS)
+    found = _squares(squares, row, rows, PARTS, PARTS_TILE)
+    half, other = _multiply_pair(
+        x, weight, first_row, first, first + BLOCK_OUT, begin, BLOCK_ROWS, BLOCK_OUT, BLOCK_IN, share
+    )  # fmt: skip
+    if SPLITS > 1:
+        step: tl.constexpr = BLOCK_OUT * BLOCK_ROWS
+        cells = _cells(partials, tile, 2 * SPLITS, BLOCK_ROWS, BLOCK_OUT)
+        tl.store(cells + split * (2 * step), half)
+        tl.store(cells + split * (2 * step) + step, other)
+        if not _count(counters, tile, SPLITS):
+            return
+        half = _sum(cells, SPLITS, 2 * step)
+        other = _sum(cells + step, SPLITS, 2 * step)
+    half, other = tl.trans(half), tl.trans(other)
+    if PARTS:
+        scale = tl.rsqrt(tl.sum(found, axis=1) / INPUTS + epsilon)[:, None]
+        half *= scale
+        other *= scale
+    head, mask = first // size, row < rows
+    feature = tl.arange(0, BLOCK_OUT)[None, :]
+    if head < HEADS + KV_HEADS:
+        if NORM:
+            total = tl.sum(half * half, axis=1) + tl.sum(other * other, axis=1)
+            inverse = tl.rsqrt(total / size + head_epsilon)[:, None]
+            half *= inverse * _head_factor(query_norm, key_norm, feature, head < HEADS)
+            other *= inverse * _head_factor(query_norm, key_norm, BLOCK_OUT + feature, head < HEADS)
+        angle = (tl.load(positions + row, mask=mask, other=0) * size)[:, None] + feature
+        half, other = _turned(half, other, cosines + angle, sines + angle, mask[:, None], BLOCK_OUT)
+    if head < HEADS:
+        _put(query + ((row.to(tl.int64) * HEADS + head) * size)[:, None] + feature, half, other, mask[:, None])
+    else:
+        slot = tl.load(slots + row, mask=mask, other=0)
+        kv_head = (head - HEADS) % KV_HEADS
+        place = ((slot // BLOCK_SIZE * KV_HEADS + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE) * size
+        if head < HEADS + KV_HEADS:
+            _put(keys + place[:, None] + feature, half, other, mask[:, None])
+        else:
+            _put(values + place[:, None] + feature, half, other, mask[:, None])
+
+
+@triton.jit
+def _head_factor(query_norm, key_norm, feature, is_query):
+    """The norm's factor of some of a head's features."""
+    return tl.where(is_query, tl.load(query_norm + feature), tl.load(key_norm + feature))
+
+
+@triton.jit
+def _turned(half, other, cosines, sines, mask, HALF: tl.constexpr):
+    """A head's first and second half, turned against each other."""
+    first = half * _angles(cosines, mask) - other * _angles(sines, mask)
+    return first, other * _angles(cosines + HALF, mask) + half * _angles(sines + HALF, mask)
+
+
+@triton.jit
+def _angles(pointers, mask):
+    """Cosines or sines in float32."""
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _put(pointers, half, other, mask):
+    """Write both halves of a head."""
+    tl.store(pointers, half.to(pointers.dtype.element_ty), mask=mask)
+    tl.store(pointers + half.shape[1], other.to(pointers.dtype.element_ty), mask=mask)

@@ -18,7 +18,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from folo_kernels.gpu.layers import ACTIVATION_NUMBERS
-from folo_kernels.gpu.product_kernels import gated_product_kernel, product_kernel
+from folo_kernels.gpu.product_kernels import gated_product_kernel, product_kernel, rotated_product_kernel
 
 if TYPE_CHECKING:
     from folo_kernels.gpu.layers import Activation
@@ -147,6 +147,83 @@ def gated_product(
     return out
 
 
+@attrs.frozen(slots=True, eq=False, kw_only=True)
+class Rotation:
+    """Where queries, keys and values go, and how they are normed and turned; see ``layers.rotate_and_store``."""
+
+    positions: torch.Tensor
+    """int64 ``[rows]``."""
+    cosines: torch.Tensor
+    """``[max_positions, size]``: all of a head's features are turned."""
+    sines: torch.Tensor
+    slots: torch.Tensor
+    """int64 ``[rows]``."""
+    keys: torch.Tensor
+    """``[num_blocks, kv_heads, block_size, size]``, contiguous, of the rows' dtype."""
+    values: torch.Tensor
+    query_norm: torch.Tensor | None
+    """float32 ``[size]``; None for no norms of heads."""
+    key_norm: torch.Tensor | None
+    epsilon: float
+    """Of these norms."""
+
+
+def rotated_product(
+    x: torch.Tensor | ScaledRows,
+    weight: torch.Tensor,
+    rotation: Rotation,
+    config: ProductConfig,
+    counters: torch.Tensor,
+    *,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """Queries ``[rows, heads, size]`` of a weight of queries, keys and values; those two go into their blocks.
+
+    ``config.block_outputs`` is half a head: a program makes both halves; see :func:`multiply`.
+    """
+    scaled = x if isinstance(x, ScaledRows) else None
+    rows = x.rows if isinstance(x, ScaledRows) else x
+    _check_rotation(rows, weight, rotation, config)
+    _, kv_heads, block_size, size = rotation.keys.shape
+    heads = len(weight) // size - 2 * kv_heads
+    query = rows.new_empty(len(rows), heads, size)
+    if not len(rows):
+        return query
+    grid, common = _cut(rows, weight, len(weight) // 2, config, counters, pdl=pdl)
+    rotated_product_kernel[grid](
+        *_descriptors(rows, weight, config),
+        weight,
+        query if scaled is None else scaled.squares,
+        _partials(rows, grid, size, config),
+        counters,
+        rotation.positions,
+        rotation.slots,
+        rotation.cosines,
+        rotation.sines,
+        query if rotation.query_norm is None else rotation.query_norm,
+        query if rotation.key_norm is None else rotation.key_norm,
+        query,
+        rotation.keys,
+        rotation.values,
+        len(rows),
+        0.0 if scaled is None else scaled.epsilon,
+        rotation.epsilon,
+        INPUTS=weight.shape[1],
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        BLOCK_SIZE=block_size,
+        NORM=rotation.query_norm is not None,
+        **_parts(scaled),
+        **common,
+    )
+    return query
+
+
+def rotates(weight: torch.Tensor, rotary_size: int, keys: torch.Tensor, config: ProductConfig) -> bool:
+    """Whether :func:`rotated_product` computes such heads: all is turned, and blocks hold numbers of the same dtype."""
+    return keys.dtype == weight.dtype and rotary_size == keys.shape[3] == 2 * config.block_outputs
+
+
 def _launch_product(
     x: torch.Tensor | ScaledRows,
     weight: torch.Tensor,
@@ -237,6 +314,20 @@ def _check_product(rows: torch.Tensor, weight: torch.Tensor) -> None:
             f"x: {tuple(rows.shape)} of {rows.dtype}, weight: {tuple(weight.shape)} of {weight.dtype}: give rows as "
             "wide as the weight and of its dtype, both contiguous, and a multiple of 16 bytes wide"
         )
+
+
+def _check_rotation(rows: torch.Tensor, weight: torch.Tensor, rotation: Rotation, config: ProductConfig) -> None:
+    keys, cosines = rotation.keys, rotation.cosines
+    is_contiguous = all(each.is_contiguous() for each in (keys, rotation.values, cosines, rotation.sines))
+    if not rotates(weight, cosines.shape[1], keys, config) or not is_contiguous:
+        raise ValueError(
+            f"keys: {tuple(keys.shape)} of {keys.dtype}, cosines: {tuple(cosines.shape)}: give contiguous ones of "
+            f"{weight.dtype}, heads of {2 * config.block_outputs} features, all of them turned"
+        )
+    if len(rotation.positions) != len(rows) or len(rotation.slots) != len(rows):
+        raise ValueError(f"positions: {tuple(rotation.positions.shape)}: give one of each of {len(rows)} rows")
+    if (rotation.query_norm is None) != (rotation.key_norm is None):
+        raise ValueError(f"key_norm: {rotation.key_norm}: give both norms or neither")
 
 
 def _check_residual(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> None:
