@@ -67,6 +67,8 @@ class ModelRunner:
         self.stage = SamplingStage(samplers, processors, self.batch)
         self.requests: dict[str, Request] = {}
         self.graphs = decode_graphs(model, backend, self.batch, config)
+        # Asked once: to look through a protocol's methods takes a while.
+        self._regroups = isinstance(backend, RegroupingBackend)
         self.current = "engine"
 
     def current_part(self) -> str:
@@ -75,7 +77,7 @@ class ModelRunner:
 
     def steady_after(self, sampler: str, params: SamplingParams) -> int | None:
         """Return from how many output tokens on such a request's tokens may stay on the device (see ``Executor``)."""
-        able = self.model.device.type != "cuda" or isinstance(self.backend, RegroupingBackend)
+        able = self.model.device.type != "cuda" or self._regroups
         return self.stage.steady_after(sampler, params) if able or not self.stage.reparents(sampler) else None
 
     @torch.inference_mode()
@@ -121,7 +123,7 @@ class ModelRunner:
     def _regrouping(self, step: PackedStep, unseen: list[str]) -> Regrouping | None:
         """Return whose blocks rows go on with, where the backend sees to it; else the host has done so."""
         regrouping = self.batch.regrouping(step, self.stage.of_requests(step.slots, unseen))
-        if isinstance(self.backend, RegroupingBackend):
+        if self._regroups:
             return regrouping
         regroup_on_host(step, regrouping, self.backend, self.batch.block_size)
         return None

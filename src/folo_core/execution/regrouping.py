@@ -5,22 +5,19 @@ It waits for the device to say who continues whom: right everywhere, and fast wh
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from folo_core.attention.interface import RegroupingBackend
-
 if TYPE_CHECKING:
-    from folo_core.attention.interface import AttentionBackend, AttentionMetadata, Regrouping
+    from folo_core.attention.interface import AttentionBackend, AttentionMetadata, Regrouping, RegroupingBackend
     from folo_core.execution.input_batch import PackedStep
 
 
 def regroup(backend: AttentionBackend, metadata: AttentionMetadata) -> None:
     """Have a backend carry out what a planned step asks for, if it does."""
     if metadata.regrouping is not None:
-        assert isinstance(backend, RegroupingBackend)  # noqa: S101 (for no other is it asked)
-        backend.regroup(metadata)
+        cast("RegroupingBackend", backend).regroup(metadata)  # for no other is it asked
 
 
 def regroup_on_host(step: PackedStep, regrouping: Regrouping, backend: AttentionBackend, block_size: int) -> None:
