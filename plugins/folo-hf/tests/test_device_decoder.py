@@ -276,7 +276,7 @@ def test_joined_products_of_a_measured_shape_give_the_same(pdl, tmp_path):
     model.bind(attend())
     decoder, joined = model.device_decoder, model.device_decoder.joined
     assert joined is not None
-    joined.pdl = pdl
+    joined.pdl_rows = range(4096 if pdl else 0)
     for count in (2, 8, 40, 100, 256):
         rows = torch.arange(count, device="cuda")
         metadata = type("Metadata", (), {"slot_mapping": rows + 16, "plan": None})

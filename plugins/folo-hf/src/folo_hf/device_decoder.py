@@ -151,7 +151,7 @@ class DeviceDecoder:
             hidden *= self._ends.embedding_scale
         if len(input_ids) <= self.thin_rows and self._adds_plainly:
             normed = self._run_thin(hidden, positions, metadata)
-        elif self.joined is not None:
+        elif self.joined is not None and len(input_ids) <= self.joined.most_rows:
             normed = self._run_joined(self.joined, hidden, positions, metadata)
         else:
             normed = self._run(hidden, positions, metadata)
@@ -186,7 +186,7 @@ class DeviceDecoder:
 
         ``x`` is normed, or ready for a product that divides it.
         """
-        norms, pdl = self._norms(), joined.pdl
+        norms, joined.pdl = self._norms(), len(hidden) in joined.pdl_rows
         places = [self._rotation(joined, index, positions, metadata) for index in range(len(self._layers))]
         configs = [joined.configs(*each, len(hidden)) for each in zip(self._layers, places, self.scales, strict=True)]
         x: torch.Tensor | ScaledRows = self._kernels.norm(hidden, *norms[0])
@@ -194,10 +194,11 @@ class DeviceDecoder:
             mine, following = configs[index], configs[index + 1] if index + 1 < len(configs) else {}
             if mine["rotated"] is None:
                 qkv = joined.multiply(x, layer.qkv, mine["qkv"])
-                query = self._rotate(index, qkv, positions, metadata, pdl=pdl)
+                query = self._rotate(index, qkv, positions, metadata, pdl=joined.pdl)
             else:
                 query = joined.rotate(x, layer.qkv, places[index], mine["rotated"])
-            attended = self._attend(index, query, metadata, pdl=pdl)
+            # Programs of attention that wait would be in the way of those before them that still run.
+            attended = self._attend(index, query, metadata, pdl=False)
             feed_norm = layer.feed_norm, layer.epsilon
             x = joined.add(attended, layer.out, hidden, feed_norm, mine["out"], following=mine["gate_up"])
             fed = joined.feed(x, layer, mine["gate_up"])

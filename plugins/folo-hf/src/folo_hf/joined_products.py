@@ -26,19 +26,23 @@ class JoinedProducts:
 
     config_for: Callable[[Part, int, int, int], ProductConfig | None]
     """See ``folo_kernels.gpu.product_configs.config_for``."""
-    pdl: bool
-    """Launch each joined product while its predecessor still runs."""
+    pdl_rows: range
+    """Numbers of rows of steps in which each joined product is launched while its predecessor still runs."""
+    most_rows: int
+    """Rows of the largest step in which any product is joined."""
     _counters: torch.Tensor
     _kernels: ModuleType
     _products: ModuleType
+    pdl: bool = False
+    """Whether the present step is such a one."""
 
     @classmethod
     def make(cls, device: torch.device) -> JoinedProducts:
         """As measured."""
         from folo_kernels.gpu import layers, products
-        from folo_kernels.gpu.product_configs import config_for
+        from folo_kernels.gpu.product_configs import MOST_ROWS, OVERLAPPED, config_for
 
-        return cls(config_for, False, products.new_counters(device), layers, products)  # noqa: FBT003
+        return cls(config_for, OVERLAPPED, MOST_ROWS, products.new_counters(device), layers, products)
 
     @property
     def rotation(self) -> type[Rotation]:
