@@ -57,8 +57,9 @@ def regroup(plan: StagedPlan, slots: torch.Tensor, blocks: DeviceBlocks, moves: 
     lanes = max(2, int(triton.next_power_of_2(widest)))
     copies = torch.empty((count * lanes, 2), dtype=torch.int32, device=blocks.device)
     _regroup_kernel[(count,)](
-        plan.part("tables"), plan.tables.shape[1], plan.part("rows"),
-        slots, moves.parents, told, told[_aligned(2 * count) :], copies, BLOCK_SIZE=blocks.block_size, LANES=lanes, COLUMNS=_COLUMNS, num_warps=4,
+        plan.part("tables"), plan.tables.shape[1], plan.part("rows"), slots, moves.parents,
+        told, told[_aligned(2 * count) :], copies,
+        BLOCK_SIZE=blocks.block_size, LANES=lanes, COLUMNS=_COLUMNS, num_warps=4,
     )  # fmt: skip
     for pool in blocks.pools():
         numbers = pool[0, 0].numel()
