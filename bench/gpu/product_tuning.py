@@ -68,8 +68,8 @@ class Case:
         """Configurations worth trying."""
         tall = next(blocks for most, blocks in BLOCK_ROWS.items() if self.rows <= most)
         if self.model != "A":
-            # Few are likely to gain anything.
-            tall = tall[:1]
+            # Few are likely to gain anything. Many rows are bound by operations, which large tiles do most of.
+            tall = tall[:1] if self.rows <= LARGEST_TILE // 128 else (256, 128)
         outputs = (MODELS[self.model].size // 2,) if self.part == "rotated" else BLOCK_OUTPUTS
         found = [
             ProductConfig(*sizes, splits, 8 if sizes[0] * sizes[1] * self.weights >= LARGEST_TILE else 4, stages)
@@ -90,7 +90,8 @@ class Case:
         programs = tiles * config.splits
         is_deep = self.inputs // config.splits >= 2 * config.block_inputs and config.num_stages > 1
         is_whole = config.splits == 1 and programs > PROGRAMS[1]
-        small = config.block_rows * config.block_outputs * self.weights <= LARGEST_TILE
+        largest = LARGEST_TILE if self.model == "A" else 2 * LARGEST_TILE
+        small = config.block_rows * config.block_outputs * self.weights <= largest
         return is_deep and small and (is_whole or PROGRAMS[0] <= programs <= PROGRAMS[1])
 
 
