@@ -228,7 +228,7 @@ KINDS = {
 def time_step(decoder: DeviceDecoder, rows: int, kind: Kind, turns: int) -> float:
     """Milliseconds of a whole model's step."""
     decoder.thin_rows, decoder.pdl = FEW if kind.thin else 0, kind.pdl
-    decoder.joined = JoinedProducts.make(torch.device(DEVICE)) if kind.joined else None
+    decoder.joined = JoinedProducts.make(torch.device(DEVICE), 0) if kind.joined else None
     if decoder.joined is not None:
         decoder.joined.pdl_rows = range(MANY + 1 if kind.pdl else 0)
     ids = torch.arange(rows, device=DEVICE)

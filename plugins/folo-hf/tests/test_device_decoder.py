@@ -162,7 +162,7 @@ def test_joined_products_are_a_matter_of_speed(parts, tmp_path, monkeypatch):
         for layer in model.device_decoder._layers
     ]
     model.device_decoder._layers = layers
-    joined = model.device_decoder.joined = JoinedProducts.make(model.device)
+    joined = model.device_decoder.joined = JoinedProducts.make(model.device, 1024)
     asked = []
 
     def config_for(part, rows, outputs, inputs):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from functools import partial
 from typing import TYPE_CHECKING
@@ -133,10 +132,6 @@ class ModelRunner:
         """Record what is replayed later, where graphs are on, so that no request waits for it."""
         if self.graphs is not None:
             self.graphs.record_all()
-            # The modules and kernels that are there by now stay: to walk them all again and again, the collector
-            # would hold up the device for as long as some hundred steps take.
-            gc.collect()
-            gc.freeze()
 
     def _forward(self, step: PackedStep, wanted: NDArray[np.int64], *, replay: bool) -> torch.Tensor:
         """Return the logits of the packed tokens ``wanted``: from a recorded graph if the step is like one."""

@@ -122,7 +122,7 @@ class DeviceDecoder:
         self.joined: JoinedProducts | None = None
         """Products joined with what surrounds them, for steps of some rows; None for none."""
         if self.pdl and ends.embedding.dtype == torch.bfloat16 and all(layer.joins for layer in layers):
-            self.joined = JoinedProducts.make(device)
+            self.joined = JoinedProducts.make(device, ends.embedding.shape[1])
 
     @property
     def is_bound(self) -> bool:

@@ -37,12 +37,13 @@ class JoinedProducts:
     """Whether the present step is such a one."""
 
     @classmethod
-    def make(cls, device: torch.device) -> JoinedProducts:
-        """As measured."""
+    def make(cls, device: torch.device, hidden: int) -> JoinedProducts:
+        """As measured for a model of this hidden size."""
         from folo_kernels.gpu import layers, products
         from folo_kernels.gpu.product_configs import MOST_ROWS, OVERLAPPED, config_for
 
-        return cls(config_for, OVERLAPPED, MOST_ROWS, products.new_counters(device), layers, products)
+        overlapped = OVERLAPPED.get(hidden, range(0))
+        return cls(config_for, overlapped, MOST_ROWS, products.new_counters(device), layers, products)
 
     @property
     def rotation(self) -> type[Rotation]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 LOG2_E = math.log2(math.e)
 
-FEW_ROWS = 16
+FEW_ROWS = 64
 """Rows up to which a step has few programs, each of which must have many loads under way."""
 
 
@@ -75,7 +75,7 @@ class Configs:
 
 HOPPER = Configs(
     decode=DecodeConfig(block_n=64, shared_rows=32, shared_block_n=32, num_warps=2, num_stages=3),
-    few=DecodeConfig(block_n=32, shared_rows=32, shared_block_n=32, num_warps=4, num_stages=5),
+    few=DecodeConfig(block_n=64, shared_rows=32, shared_block_n=32, num_warps=4, num_stages=3),
     single=DecodeConfig(block_n=128, shared_rows=32, shared_block_n=32, num_warps=4, num_stages=2),
     prefill=PrefillConfig(block_m=64, block_n=64, num_warps=4, num_stages=3),
 )

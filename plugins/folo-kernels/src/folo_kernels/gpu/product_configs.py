@@ -78,14 +78,33 @@ TABLE: dict[tuple[Part, int, int], Measured] = {
         (128, 64, 64, 128, 4, 4, 6),
         (256, 64, 64, 128, 2, 4, 6),
     ),
+    # Llama-3.1-8B on an H100. Up to 64 rows were not measured.
+    ("qkv", 6144, 4096): _rows(
+        (64,),
+        (128, 128, 64, 128, 1, 4, 4),
+    ),
+    ("out", 4096, 4096): _rows(
+        (128,),
+        (256, 128, 64, 128, 1, 4, 4),
+    ),
+    ("gate_up", 28672, 4096): _rows(
+        (64,),
+        (128, 128, 64, 128, 1, 4, 3),
+        (256, 128, 128, 64, 1, 8, 4),
+    ),
+    ("down", 4096, 14336): _rows(
+        (64,),
+        (128, 128, 64, 128, 2, 4, 4),
+    ),
 }
 """By part, outputs and inputs of the weight; whatever is not listed is multiplied by torch."""
 
 MOST_ROWS = 256
 """Beyond so many rows all products are torch's."""
 
-OVERLAPPED = range(17, 129)
-"""Numbers of rows for which a step is faster if products are launched while their predecessors still run."""
+OVERLAPPED = {1024: range(17, 129)}
+"""By hidden size, numbers of rows for which a step is faster if products are launched while their predecessors still
+run. For 4,096 it was far slower."""
 
 
 def config_for(part: Part, rows: int, outputs: int, inputs: int) -> ProductConfig | None:
