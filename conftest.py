@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from hypothesis import HealthCheck, Phase, settings
@@ -31,3 +32,11 @@ settings.register_profile(
     derandomize=True,
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "folo"))
+
+
+def pytest_collection_finish() -> None:
+    """Have Triton's interpreter, where tests imported it, run as it does for the kernels' own tests."""
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") == "1":
+        from folo_kernels.gpu import interpreter
+
+        interpreter.enable()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -29,3 +30,14 @@ def llama(tmp_path, llama_config):
     """Folder of a whole tiny Llama with its tokenizer."""
     save_model(tmp_path / "llama", llama_config)
     return save_tokenizer(tmp_path / "llama", bos_token="<s>", eos_token="</s>")  # noqa: S106
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    """Heads together in each program, as in long steps: the interpreter's time goes by programs.
+
+    The kernels' own tests compare both ways; in steps of one token each head still has a program of its own.
+    """
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        monkeypatch.setattr("folo_kernels.gpu.layers.FEW_TOKENS", 1)

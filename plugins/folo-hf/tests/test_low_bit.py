@@ -325,6 +325,7 @@ def test_a_loaded_model_decodes_with_rounded_weights(name, quantization, tmp_pat
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton was imported for a CUDA device")
 @pytest.mark.parametrize(("quantization", "name"), [("fp8", "qwen3"), ("int4", "llama-tied")])
+@pytest.mark.usefixtures("few_programs")
 def test_fused_kernels_take_rounded_layers(quantization, name, tmp_path, caplog, monkeypatch):
     pytest.importorskip("triton", reason="Triton is not installed")
     from folo_hf.device_decoder import device_decoder

@@ -94,6 +94,7 @@ def distance(one, other):
         pytest.param("cuda", torch.bfloat16, id="cuda", marks=pytest.mark.gpu),
     ],
 )
+@pytest.mark.usefixtures("few_programs")
 def test_fused_kernels_store_what_the_backend_stores(device, dtype, tmp_path, monkeypatch):
     """The decoder writes keys and values itself, other forwards have the backend write them: by the same scales."""
     triton_runs(device)
