@@ -38,6 +38,8 @@ SUITES = {
 MEASURED = "core"
 """The suite that measures coverage: tracing takes as long as a Python test itself, and no other suite is needed."""
 
+NO_COMPILE = "--no-compile"
+"""Modules are compiled when they are first imported: of torch and transformers, most never are."""
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 _prepared: set[Path] = set()
@@ -64,7 +66,7 @@ def shared(session: nox.Session, *command: str, env: dict[str, str] | None = Non
         _prepared.add(SHARED)
         if not SHARED.is_dir():
             session.run(sys.executable, "-m", "venv", str(SHARED), external=True)
-        install = ("python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+        install = ("python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", NO_COMPILE)
         tools = [*group("build"), *group("tests"), *group("types")]
         shared(session, *install, "-c", "constraints.txt", "pip>=25", *tools)
         folders = [*(f"plugins/{name}" for name in PLUGINS), *third_party_folders()]
@@ -179,7 +181,7 @@ def wheels(session: nox.Session) -> None:
     sources = [str(ROOT), *(str(ROOT / "plugins" / name) for name in PLUGINS), *third_party_folders()]
     session.install("pip>=25", *group("build"))
     session.run("pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(wheelhouse), *sources)
-    session.install("-c", "constraints.txt", *third_party_requirements(wheelhouse))
+    session.install(NO_COMPILE, "-c", "constraints.txt", *third_party_requirements(wheelhouse))
     outside = wheelhouse.parent / "elsewhere"
     shutil.rmtree(outside, ignore_errors=True)
     outside.mkdir()
