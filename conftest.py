@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 # Set before torch and transformers are imported. A test suite runs many tiny matrices, for which threads only cost.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -40,3 +45,17 @@ def pytest_collection_finish() -> None:
         from folo_kernels.gpu import interpreter
 
         interpreter.enable()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Measure no coverage in slow tests: it doubles their time, and they come where quick ones have been before."""
+    measured = "coverage" in sys.modules and item.get_closest_marker("slow") is not None
+    coverage = sys.modules["coverage"].Coverage.current() if measured else None
+    if coverage is None:
+        return (yield)
+    coverage.stop()
+    try:
+        return (yield)
+    finally:
+        coverage.start()

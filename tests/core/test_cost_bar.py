@@ -32,6 +32,7 @@ def judge(part: str, costs: step_costs.Costs) -> None:
     assert not step_costs.too_dear(costs, allowed)
 
 
+@pytest.mark.slow
 def test_the_engine_costs_no_more_than_allowed() -> None:
     judge("engine", step_costs.engine_costs())
 

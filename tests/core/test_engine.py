@@ -526,7 +526,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert_clean(self.engine)
 
 
-TestEngineMachine = EngineMachine.TestCase
+TestEngineMachine = pytest.mark.slow(EngineMachine.TestCase)
 TestEngineMachine.settings = settings(max_examples=40, stateful_step_count=50, deadline=None)
 
 

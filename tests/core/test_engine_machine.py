@@ -81,7 +81,7 @@ class Serving(RuleBasedStateMachine):
             self.machine.finish()
 
 
-TestServing = Serving.TestCase
+TestServing = pytest.mark.slow(Serving.TestCase)
 TestServing.settings = settings(max_examples=15, stateful_step_count=30, deadline=None)
 
 

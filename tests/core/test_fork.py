@@ -34,6 +34,7 @@ def continuation(model: FakeModel, tokens: list[int], count: int) -> list[int]:
     return tokens
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     steps=st.integers(1, 12), at=st.integers(0, 12), blocks=st.sampled_from([16, 64]), chunk=st.sampled_from([4, 64])

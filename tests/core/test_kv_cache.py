@@ -272,5 +272,5 @@ class BlockTables(RuleBasedStateMachine):
         assert self.pool.num_free == self.pool.num_usable
 
 
-TestBlockTables = BlockTables.TestCase
+TestBlockTables = pytest.mark.slow(BlockTables.TestCase)
 TestBlockTables.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

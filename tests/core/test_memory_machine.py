@@ -98,7 +98,7 @@ class Memory(RuleBasedStateMachine):
         self.memory.finish()
 
 
-TestMemory = Memory.TestCase
+TestMemory = pytest.mark.slow(Memory.TestCase)
 TestMemory.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
 
 

@@ -62,6 +62,7 @@ def serve(engine: Engine, seed: int, count: int = 14) -> dict[str, Any]:
     return answers(run(engine))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25)
 @given(
     seed=st.integers(0, 10_000),

@@ -67,6 +67,7 @@ class Carrier(TreeSampler):
         return [self.known[request_id] for request_id, _ in metadata.groups]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     seed=st.integers(0, 999), blocks=st.integers(40, 70), tokens=st.integers(8, 40), block_size=st.sampled_from([1, 4])
@@ -248,6 +249,7 @@ class Drafter(TreeSampler):
         return found
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     seed=st.integers(0, 999),
