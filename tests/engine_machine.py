@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from engines import DeferredExecutor, SamplerPlugin, TreeParams, TreeSampler, make_engine
 from folo_core.errors import RequestError
 from folo_core.sampling_params import SamplingParams
+from searches import Beams, SearchParams, dense
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,7 +40,8 @@ class EngineMachine:
             "swap_space": str(8 * 32),
             "enable_prefix_caching": True,
         }
-        plugins: list[object] = [SamplerPlugin(self.sampler)]
+        self.beams = Beams()
+        plugins: list[object] = [SamplerPlugin(self.sampler), SamplerPlugin(self.beams, SearchParams, "beams")]
         if steps_in_flight > 1:
             plugins.append(DeferredExecutor(steps_in_flight))
             settings["executor"] = "deferred"
@@ -51,6 +53,8 @@ class EngineMachine:
         """Forward passes that are still to run out of memory."""
         self.expected: dict[str, tuple[list[int], int]] = {}
         """Prompt and length of the requests whose answers are known beforehand."""
+        self.searches: dict[str, tuple[list[int], SearchParams]] = {}
+        """Likewise prompt and parameters of searches."""
         self.stepped_after_abort: dict[str, int] = {}
         self.counts: dict[str, int] = {}
         self._ids = 0
@@ -74,6 +78,17 @@ class EngineMachine:
             self._note(f"refused: {error.code}")
         else:
             self._note("add tree")
+
+    def add_search(self, prompt: list[int], width: int, max_tokens: int) -> None:
+        """Admit a beam search, of which the model can tell what it finds."""
+        params, name = SearchParams(width=width, max_tokens=max_tokens, ignore_eos=True), self._name("s")
+        try:
+            self.engine.add_request(name, prompt, params)
+        except RequestError as error:
+            self._note(f"refused: {error.code}")
+        else:
+            self.searches[name] = prompt, params
+            self._note("add search")
 
     def step(self) -> None:
         """Run a step; what ends is what was expected."""
@@ -108,6 +123,7 @@ class EngineMachine:
             assert outputs[0].outputs[0].finish_reason in {"abort", "stop", "length"}
             assert self.engine.abort(name) == []
             self.expected.pop(name, None)
+            self.searches.pop(name, None)
             self._note(f"abort {state}")
 
     def run_out(self, times: int) -> None:
@@ -155,12 +171,14 @@ class EngineMachine:
         assert not runner.requests
         assert not self.sampler.open
         assert not self.expected
+        assert not self.searches
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 
     def _judge(self, output: RequestOutput) -> None:
         reasons = {completion.finish_reason for completion in output.outputs}
         known = self.expected.pop(output.request_id, None)
+        search = self.searches.pop(output.request_id, None)
         if output.error is not None:
             assert "ran out" in str(output.error) or "no room" in str(output.error), output.error
             self._note("ended for want of memory")
@@ -173,6 +191,10 @@ class EngineMachine:
                 assert token == int(self.model.logits_after(tokens).argmax()), "the dense model's token"
                 tokens.append(token)
             assert len(answer) == length
+        if search is not None:
+            found = [(completion.token_ids, completion.score) for completion in output.outputs]
+            assert found == dense(self.beams, self.model.logits_after, *search), "what the search finds"
+            self._note("search found")
         self._note("finished")
 
     def _check_pasts(self, logits: torch.Tensor, pasts: list[list[int]]) -> torch.Tensor:
@@ -208,6 +230,7 @@ def _prompt(r: random.Random) -> list[int]:
 OPERATIONS: list[tuple[int, Callable[[EngineMachine, random.Random], None]]] = [
     (10, lambda m, r: m.add(_prompt(r), r.randint(1, 12), r.randrange(3), r.choice(TENANTS))),
     (4, lambda m, r: m.add_tree(_prompt(r), r.randint(1, 3), r.randint(1, 6))),
+    (4, lambda m, r: m.add_search(_prompt(r), r.randint(1, 3), r.randint(1, 9))),
     (60, lambda m, r: m.step()),
     (3, lambda m, r: m.fork(r.randrange(64))),
     (3, lambda m, r: m.abort(r.randrange(64))),

@@ -123,15 +123,14 @@ class TreeSampler:
 class SamplerPlugin:
     """Offers one sampler object under a params class."""
 
-    __name__ = "test-sampler"
-
-    def __init__(self, sampler: Any, params_type: type[SamplingParams] = TreeParams) -> None:
-        self.sampler, self.params_type = sampler, params_type
+    def __init__(self, sampler: Any, params_type: type[SamplingParams] = TreeParams, name: str = "test") -> None:
+        self.sampler, self.params_type, self.name = sampler, params_type, name
+        self.__name__ = f"{name}-sampler"
 
     @hookimpl
     def folo_samplers(self) -> list[SamplerSpec]:
         return [
-            SamplerSpec(name="test", help="for tests", factory=lambda *_: self.sampler, params_type=self.params_type)
+            SamplerSpec(name=self.name, help="for tests", factory=lambda *_: self.sampler, params_type=self.params_type)
         ]
 
 

@@ -49,6 +49,10 @@ class Serving(RuleBasedStateMachine):
     def add_tree(self, prompt: list[int], width: int, max_tokens: int) -> None:
         self.machine.add_tree(prompt, width, max_tokens)
 
+    @rule(prompt=prompts, width=st.integers(1, 3), max_tokens=st.integers(1, 9))
+    def add_search(self, prompt: list[int], width: int, max_tokens: int) -> None:
+        self.machine.add_search(prompt, width, max_tokens)
+
     @rule(count=st.integers(1, 6))
     def step(self, count: int) -> None:
         for _ in range(count):
@@ -100,6 +104,8 @@ def test_random_serving_loses_nothing_and_changes_no_token() -> None:
         stats = machine.engine.stats()
         for name, count in [
             *machine.counts.items(),
+            ("moved ahead", machine.beams.moved_ahead),
+            ("ran behind", machine.beams.ran_behind),
             ("preemptions", stats.num_preemptions),
             ("swaps", stats.num_swaps),
             ("hits", stats.prefix_cache.num_hit_tokens),
@@ -108,5 +114,8 @@ def test_random_serving_loses_nothing_and_changes_no_token() -> None:
         ]:
             seen[name] = seen.get(name, 0) + count
     assert seen["preemptions"] > seen["swaps"] >= 20
+    assert seen["search found"] > 50
+    assert seen["moved ahead"] > 50
+    assert seen["ran behind"] > 100
     for name in ("fork", "abort other", "abort swapped", "out of memory", "hits", "found again", "evictions"):
         assert seen.get(name), f"{name}: never happened in {seen}"
