@@ -36,7 +36,7 @@ STEPS = 16
 """Steps that a mean is taken over: as many as a block has tokens, so that each row takes one new block."""
 HEADROOM = {
     "python_calls": 0.03,
-    "builtin_calls": 0.04,
+    "builtin_calls": 0.03,
     "python_lines": 0.03,
     "python_peak_bytes": 0.3,  # a coverage tool's own objects are among them
     "torch_operators": 0.03,

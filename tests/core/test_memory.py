@@ -120,6 +120,11 @@ def test_recorded_sizes_reach_the_most_rows_and_pad_little(most: int) -> None:
     assert max(padding) < 32
 
 
+def test_steps_of_thousands_of_rows_are_not_recorded() -> None:
+    """Each size keeps its logits: for 4,096 rows of a vocabulary of 32,000 they would take 17 GB."""
+    assert bucket_sizes(4096) == bucket_sizes(512)
+
+
 def test_on_the_cpu_the_default_is_stated_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     model = FakeModel(max_model_len=10**9)
     monkeypatch.setattr(memory, "_free_host_memory", lambda: 100 * GIB)

@@ -33,12 +33,15 @@ logger = logging.getLogger(__name__)
 
 _FINE, _COARSE = 8, 32
 """Steps between sizes: fine up to 64 rows, where a padding row costs a larger share."""
+MOST_ROWS = 512
+"""Larger steps are not recorded: each keeps logits of its own, and launching is a small part of such a step."""
 _STAGES = 4
 """Pinned buffers in turn: one is filled while the device may still read those of the steps in flight."""
 
 
 def bucket_sizes(most: int) -> list[int]:
-    """Return the numbers of rows that are recorded, ascending, the last one ``most``."""
+    """Return the numbers of rows that are recorded, ascending, the last one ``most``, or MOST_ROWS if that is less."""
+    most = min(most, MOST_ROWS)
     sizes = {1, 2, 4, *range(_FINE, 65, _FINE), *range(96, most + 1, _COARSE)}
     return sorted({size for size in sizes if size < most} | {most})
 
@@ -80,10 +83,11 @@ class _Stages:
 
 
 class DecodeGraphs:
-    """The recorded steps of one model, up to ``most`` rows."""
+    """The recorded steps of one model, up to ``most`` rows, or MOST_ROWS if that is less."""
 
     def __init__(self, model: LoadedModel, backend: AttentionBackend, batch: InputBatch, most: int) -> None:
         self.sizes = bucket_sizes(most)
+        most = self.sizes[-1]
         self._model, self._backend, self._batch = model, backend, batch
         self._size_of = np.searchsorted(self.sizes, np.arange(most + 1))
         self._recorded: dict[int, _Recorded] = {}
