@@ -20,7 +20,7 @@ CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
 
-from folo_beam import BeamParams, ahead, device, sampler, steps  # noqa: E402
+from folo_beam import BeamParams, ahead, device, steps  # noqa: E402
 from folo_beam.grid import Grid  # noqa: E402
 from folo_beam.sampler import BeamSampler, Search  # noqa: E402
 from folo_core.engine.engine import Engine  # noqa: E402
@@ -277,8 +277,7 @@ def test_what_has_finished_is_kept_on_the_device(place, early_stopping):
 @pytest.mark.skipif(CUDA, reason="kernels are compiled here; tests/end_to_end/test_gpu_strategies.py runs them")
 def test_searches_that_run_ahead_of_the_host_answer_as_in_step(monkeypatch):
     """An engine on the CPU, with the kernels interpreted: half of the searches are ahead of what the host knows."""
-    for module in (steps, sampler):
-        monkeypatch.setattr(module, "has_kernels", lambda _: True)
+    monkeypatch.setattr(steps, "has_kernels", lambda _: True)
     behind: list[bool] = []
     go_on, start = ahead.go_on, device.Step.start
 

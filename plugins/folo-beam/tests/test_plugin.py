@@ -62,7 +62,8 @@ def code_lines(path):
 
 
 def test_plain_and_diverse_beam_search_take_at_most_250_lines_of_code():
-    assert {path.name for path in SOURCE.glob("*.py")} == {*SEARCH, "constraints.py", "device.py", "steps.py"}
+    on_devices = {"ahead.py", "device.py", "steps.py"}
+    assert {path.name for path in SOURCE.glob("*.py")} == {*SEARCH, "constraints.py", *on_devices}
     assert 150 < sum(len(code_lines(SOURCE / name)) for name in SEARCH) <= 250
     assert len(code_lines(SOURCE / "constraints.py")) <= 140
 

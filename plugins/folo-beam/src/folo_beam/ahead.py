@@ -5,20 +5,25 @@ The answer of a step has the fixed shape of ``Sampler.reparents``. Import this m
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import attrs
 import torch
 import triton
 import triton.language as tl
 
 from folo_beam.device import FIELDS, TUNING, choose, likeliest, power, rows_of, settings_of, to_device, told_pool
+from folo_beam.sampler import BeamSampler
+from folo_beam.steps import by_shape
 from folo_core.sampling.interface import SamplerOutput
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from folo_beam.device import Tuning
+    from folo_beam.params import BeamParams
     from folo_beam.sampler import Search
+    from folo_core.request import Request
     from folo_core.sampling.metadata import SamplingMetadata
 
 WIDEST = 16
@@ -29,6 +34,41 @@ MOST_CANDIDATES = 1024
 _LOWEST = tl.constexpr(float("-inf"))
 _NEVER = tl.constexpr(1 << 30)
 _ROOM = tl.constexpr(WIDEST)
+
+
+class AheadBeamSampler(BeamSampler):
+    """Beam search whose plain searches go on before the host knows what came of their last step."""
+
+    reparents = True
+
+    def __init__(self, tokenizer: Any = None) -> None:  # noqa: ANN401 (any tokenizer)
+        super().__init__(tokenizer)
+        self._pools = Pools()
+
+    def steady_after(self, params: BeamParams) -> int | None:
+        """Return 1 for searches that kernels advance by themselves, once the first step has made their rows."""
+        if params.num_groups > 1 or params.must_include or params.stop or params.min_tokens:
+            return None
+        num_ends = len(params.stop_token_ids) + (0 if params.ignore_eos else len(params.resolved_eos))
+        return 1 if fits(params.width, num_ends) else None
+
+    def add_request(self, request: Request) -> None:
+        """Open a search, with a lane on the device."""
+        super().add_request(request)
+        search = self._searches[request.request_id]
+        self._searches[request.request_id] = attrs.evolve(search, lane=self._pools.take())
+
+    def remove_request(self, request_id: str) -> None:
+        """Drop the search and its lane."""
+        if request_id in self._searches:
+            self._pools.give_back(self._searches[request_id].lane)
+        super().remove_request(request_id)
+
+    def step(self, logits: torch.Tensor, metadata: SamplingMetadata) -> SamplerOutput:
+        """Advance every search by one token."""
+        if metadata.runs_ahead:
+            return go_on(logits, metadata, by_shape(self._searches, metadata), self._pools)
+        return super().step(logits, metadata)
 
 
 class Pools:

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def _beam(context: SamplerContext) -> Sampler:
-    from folo_beam.sampler import BeamSampler
+    from folo_beam.steps import sampler_on
 
-    return BeamSampler(context.tokenizer, context.device.type)
+    return sampler_on(context.device.type, context.tokenizer)
 
 
 def _examples() -> list[BeamParams]:

@@ -9,12 +9,10 @@ import attrs
 import torch
 
 from folo_beam.constraints import Banks
-from folo_beam.steps import advance
+from folo_beam.steps import advance, by_shape
 from folo_core.sampling.interface import SamplerOutput
-from folo_core.sampling.kernels import has_kernels
 
 if TYPE_CHECKING:
-    from folo_beam.ahead import Pools
     from folo_beam.params import BeamParams
     from folo_core.request import Request
     from folo_core.sampling.metadata import SamplingMetadata
@@ -57,39 +55,21 @@ class BeamSampler:
     """Serves BeamParams."""
 
     reads_any_dtype = True
-    reparents = True
 
-    def __init__(self, tokenizer: Any = None, device: str = "cpu") -> None:  # noqa: ANN401 (any tokenizer)
-        """Serve logits on a type of device."""
+    def __init__(self, tokenizer: Any = None) -> None:  # noqa: ANN401 (any tokenizer)
         self._tokenizer = tokenizer
         self._searches: dict[str, Search] = {}
-        self._pools: Pools | None = None
-        if has_kernels(device):
-            from folo_beam.ahead import Pools
-
-            self._pools = Pools()
-
-    def steady_after(self, params: BeamParams) -> int | None:
-        """Return 1 for plain searches that kernels advance by themselves, once the first step has made their rows."""
-        if self._pools is None or params.num_groups > 1 or params.must_include or params.stop or params.min_tokens:
-            return None
-        from folo_beam.ahead import fits
-
-        return 1 if fits(params.width, len(_ends(params))) else None
 
     def add_request(self, request: Request) -> None:
         """Open a search."""
         params: BeamParams = request.params  # type: ignore[assignment]  # its class picked this sampler
-        ends = _ends(params)
+        ends = (*params.stop_token_ids, *(() if params.ignore_eos else params.resolved_eos))
         banks = Banks.of(request, self._tokenizer, ends) if params.must_include else None
-        lane = -1 if self._pools is None else self._pools.take()
-        self._searches[request.request_id] = Search(request, params, ends, banks, lane)
+        self._searches[request.request_id] = Search(request, params, ends, banks)
 
     def remove_request(self, request_id: str) -> None:
         """Drop the search."""
-        search = self._searches.pop(request_id, None)
-        if search is not None and self._pools is not None:
-            self._pools.give_back(search.lane)
+        self._searches.pop(request_id, None)
 
     def finish(self, request: Request) -> list[Sequence]:
         """Rank the kept hypotheses by their final scores, which callers see."""
@@ -104,23 +84,10 @@ class BeamSampler:
 
     def step(self, logits: torch.Tensor, metadata: SamplingMetadata) -> SamplerOutput:
         """Advance every search by one token, those of one shape in one grid."""
-        shapes: dict[tuple[int, int, int, bool], list[tuple[Search, range]]] = {}
-        for request_id, rows in metadata.groups:
-            search = self._searches[request_id]
-            shapes.setdefault(search.shape, []).append((search, rows))
-        if metadata.runs_ahead and self._pools is not None:
-            from folo_beam.ahead import go_on
-
-            return go_on(logits, metadata, list(shapes.values()), self._pools)
         # The engine reads all this on the host, where sorting a few numbers costs least.
-        columns = [column.cpu().numpy() for column in advance(logits, metadata, list(shapes.values()))]
+        columns = [column.cpu().numpy() for column in advance(logits, metadata, by_shape(self._searches, metadata))]
         order = columns[0].argsort(kind="stable")  # by request, and of a row's children first the one to go on
         parents, tokens, logprobs, scores, tags, ends = (torch.from_numpy(column[order]) for column in columns)
         return SamplerOutput(
             parents=parents, tokens=tokens[:, None], logprobs=logprobs[:, None], scores=scores, tags=tags, finished=ends
         )
-
-
-def _ends(params: BeamParams) -> tuple[int, ...]:
-    """Return the tokens that end an answer."""
-    return (*params.stop_token_ids, *(() if params.ignore_eos else params.resolved_eos))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,9 +10,31 @@ from folo_beam.grid import Grid
 from folo_core.sampling.kernels import has_kernels
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from folo_beam.device import Step
-    from folo_beam.sampler import Search
+    from folo_beam.sampler import BeamSampler, Search
     from folo_core.sampling.metadata import SamplingMetadata
+
+
+def sampler_on(device_type: str, tokenizer: Any) -> BeamSampler:  # noqa: ANN401 (any tokenizer)
+    """Return the sampler for logits on a type of device: with kernels, one that need not wait for the host."""
+    if has_kernels(device_type):
+        from folo_beam.ahead import AheadBeamSampler
+
+        return AheadBeamSampler(tokenizer)
+    from folo_beam.sampler import BeamSampler
+
+    return BeamSampler(tokenizer)
+
+
+def by_shape(searches: Mapping[str, Search], metadata: SamplingMetadata) -> list[list[tuple[Search, range]]]:
+    """Return the searches of a step and their rows, those of one shape together."""
+    shapes: dict[tuple[int, int, int, bool], list[tuple[Search, range]]] = {}
+    for request_id, rows in metadata.groups:
+        search = searches[request_id]
+        shapes.setdefault(search.shape, []).append((search, rows))
+    return list(shapes.values())
 
 
 def advance(

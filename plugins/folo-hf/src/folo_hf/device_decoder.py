@@ -151,7 +151,7 @@ class DeviceDecoder:
             hidden *= self._ends.embedding_scale
         if len(input_ids) <= self.thin_rows and self._adds_plainly:
             normed = self._run_thin(hidden, positions, metadata)
-        elif self.joined is not None and len(input_ids) <= self.joined.most_rows:
+        elif self.joined is not None and self.joined.serves(len(input_ids), is_captured=metadata.is_captured):
             normed = self._run_joined(self.joined, hidden, positions, metadata)
         else:
             normed = self._run(hidden, positions, metadata)

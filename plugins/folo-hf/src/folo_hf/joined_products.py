@@ -33,6 +33,9 @@ class JoinedProducts:
     _counters: torch.Tensor
     _kernels: ModuleType
     _products: ModuleType
+    only_captured: bool = True
+    """Whether other steps go without: their launches make tensor descriptors, which takes the host longer than it
+    spares the device."""
     pdl: bool = False
     """Whether the present step is such a one."""
 
@@ -44,6 +47,10 @@ class JoinedProducts:
 
         overlapped = OVERLAPPED.get(hidden, range(0))
         return cls(config_for, overlapped, MOST_ROWS, products.new_counters(device), layers, products)
+
+    def serves(self, rows: int, *, is_captured: bool) -> bool:
+        """Whether a step of so many rows is to be run with joined products."""
+        return rows <= self.most_rows and (is_captured or not self.only_captured)
 
     @property
     def rotation(self) -> type[Rotation]:
