@@ -167,6 +167,7 @@ class Slots:
     """All that a step without attention reads of its metadata."""
 
     slot_mapping: torch.Tensor
+    is_captured: bool = True
 
 
 def make_decoder(shape: Shape, layers: int) -> DeviceDecoder:
@@ -230,7 +231,6 @@ def time_step(decoder: DeviceDecoder, rows: int, kind: Kind, turns: int) -> floa
     decoder.thin_rows, decoder.pdl = FEW if kind.thin else 0, kind.pdl
     decoder.joined = JoinedProducts.make(torch.device(DEVICE), 0) if kind.joined else None
     if decoder.joined is not None:
-        decoder.joined.only_captured = False
         decoder.joined.pdl_rows = range(MANY + 1 if kind.pdl else 0)
     ids = torch.arange(rows, device=DEVICE)
     return microseconds([lambda: decoder(ids, ids, ids, Slots(ids))], turns) / 1000  # type: ignore[arg-type]

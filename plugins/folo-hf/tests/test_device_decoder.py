@@ -243,7 +243,7 @@ def test_a_captured_step_gives_the_same(tokens, pdl, tmp_path):
     model.bind(attend())
     model.device_decoder.pdl = pdl
     ids, positions, slots = (torch.zeros(tokens, dtype=torch.int64, device="cuda") for _ in range(3))
-    metadata = type("Metadata", (), {"slot_mapping": slots, "plan": None})
+    metadata = type("Metadata", (), {"slot_mapping": slots, "plan": None, "is_captured": True})
     rows = torch.arange(tokens, device="cuda")
     model.forward(ids, positions, rows, metadata)
     torch.cuda.synchronize()
@@ -279,10 +279,10 @@ def test_joined_products_of_a_measured_shape_give_the_same(pdl, tmp_path):
     model.bind(attend())
     decoder, joined = model.device_decoder, model.device_decoder.joined
     assert joined is not None
-    joined.pdl_rows, joined.only_captured = range(4096 if pdl else 0), False
+    joined.pdl_rows = range(4096 if pdl else 0)
     for count in (2, 8, 40, 100, 256):
         rows = torch.arange(count, device="cuda")
-        metadata = type("Metadata", (), {"slot_mapping": rows + 16, "plan": None})
+        metadata = type("Metadata", (), {"slot_mapping": rows + 16, "plan": None, "is_captured": True})
         decoder.joined = None
         wanted = model.forward(rows % 64, rows, rows, metadata).float()
         keys = backend.blocks.keys[1].float()
