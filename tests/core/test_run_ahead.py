@@ -144,6 +144,25 @@ class Unsteady(TreeSampler):
         return SamplerOutput(parents=parents, tokens=torch.ones((metadata.num_rows, 2), dtype=torch.int64))
 
 
+class Foreign(Unsteady):
+    """Answers with a token that no vocabulary has; the host learns of it when the next step has begun."""
+
+    def step(self, logits: torch.Tensor, metadata: Any) -> SamplerOutput:
+        parents = torch.arange(metadata.num_rows)
+        return SamplerOutput(parents=parents, tokens=torch.full((metadata.num_rows, 1), 999))
+
+
+def test_a_late_answer_that_cannot_be_true_ends_its_own_requests():
+    engine, model = make_engine(run_ahead=True, plugins=[Offers(Foreign())])
+    engine.add_request("bad", [1, 2], TreeParams(max_tokens=5))
+    engine.add_request("good", [3, 4], greedy(max_tokens=5, ignore_eos=True))
+    final = run(engine)
+    assert "leave the vocabulary" in str(final["bad"].error)
+    assert final["good"].outputs[0].token_ids == model.expected_tokens([3, 4], 5)[:5]
+    assert final["good"].error is None
+    assert_clean(engine)
+
+
 def test_a_sampler_that_breaks_its_promise_ends_its_own_requests():
     engine, model = make_engine(run_ahead=True, plugins=[Offers(Unsteady())])
     engine.add_request("bad", [1, 2], TreeParams(max_tokens=5))

@@ -72,6 +72,7 @@ _NEVER = np.iinfo(np.int64).max
 class _Drawn:
     """What one sampler was asked for in a launched step: copies of its answer, on their way to the host."""
 
+    part: NamedPart
     rows: SampledRows
     claims: NDArray[np.int64]
     """Whose the batch slots were; likewise ``places``: where their new tokens belong."""
@@ -183,7 +184,7 @@ class SamplingStage:
             logits = logits.float()
             self._process(logits, sampled, errors)
         for part, rows in self._by_sampler(slots):
-            call = partial(self._draw, part.part, logits, sampled, rows, drawn)
+            call = partial(self._draw, part, logits, sampled, rows, drawn)
             self._guard("sampler", part, slots[rows], errors, call)
         self.batch.advance(slots)
         self.current = "engine"
@@ -191,13 +192,14 @@ class SamplingStage:
 
     def _draw(
         self,
-        sampler: Sampler,
+        part: NamedPart,
         logits: torch.Tensor,
         sampled: SampledRows,
         rows: NDArray[np.int64],
         drawn: list[_Drawn],
     ) -> None:
         mine, batch = sampled.take(rows), self.batch
+        sampler: Sampler = part.part
         metadata = self._metadata(mine)
         given = take_rows(logits, rows)
         # Only samplers that read logits as they are leave them so, and can be judged by what they have read.
@@ -215,7 +217,7 @@ class SamplingStage:
         claims, places = batch.claims[mine.slots], batch.num_tokens[mine.slots]
         move = batch.reparent(mine.slots, metadata.slots, output.parents[: len(rows)]) if reparented else None
         copies = _copies(output, in_place=not reparented)
-        drawn.append(_Drawn(mine, claims, places, metadata, copies, to_host(peaks), move))
+        drawn.append(_Drawn(part, mine, claims, places, metadata, copies, to_host(peaks), move))
 
     def _keep_state(self, rows: SampledRows, metadata: SamplingMetadata, output: SamplerOutput) -> None:
         """Leave what a strategy keeps with its rows on the device, for the next step."""
@@ -232,7 +234,12 @@ class SamplingStage:
         launched.arrival.wait()
         result.errors |= launched.errors
         for drawn in launched.drawn:
-            samples = self._arrived(drawn, result.errors)
+            try:
+                samples = self._arrived(drawn, result.errors)
+            except Exception as error:  # noqa: BLE001 (an answer that cannot be true must not reach other samplers' rows)
+                fault = drawn.part.fault("sampler", error)
+                result.errors |= {name: result.errors.get(name, fault) for name in drawn.metadata.request_ids}
+                continue
             result.samples += [s for s in samples if s.request_id not in result.errors] if result.errors else samples
         return result
 
