@@ -114,9 +114,9 @@ class ModelRunner:
                 stage.run(logits, rows, result)
             return lambda: result
         if ahead.all():
-            return partial(stage.finish, stage.launch(logits, rows), result)
+            return partial(stage.finish, stage.launch(logits, rows, scheduled.unseen), result)
         first, second = np.flatnonzero(ahead), np.flatnonzero(~ahead)
-        launched = stage.launch(take_rows(logits, first), rows.take(first))
+        launched = stage.launch(take_rows(logits, first), rows.take(first), scheduled.unseen)
         stage.run(take_rows(logits, second), rows.take(second), result)
         return partial(stage.finish, launched, result)
 

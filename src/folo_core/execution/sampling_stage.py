@@ -21,7 +21,7 @@ from folo_core.sampling.identity import identity
 from folo_core.sampling.metadata import SamplingMetadata
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from folo_core.execution.interface import Candidates, StepResult
     from folo_core.execution.parts import NamedPart
     from folo_core.request import Request
-    from folo_core.sampling.interface import LogitsProcessor, Sampler, SamplerOutput
+    from folo_core.sampling.interface import LogitsProcessor, SamplerOutput
     from folo_core.sampling_params import SamplingParams
     from folo_core.scheduling.interface import SchedulerOutput
 
@@ -110,8 +110,6 @@ class SamplingStage:
         self._slot_logprobs = np.zeros(batch.capacity, dtype=np.bool_)
         self._steady_from = np.full(batch.capacity, _NEVER)
         """From how many tokens on a slot's sequence may run ahead."""
-        self._unseen: list[str] = []
-        """Requests of the present step of which the host has not seen what came of the one before."""
         self._cached: dict[bytes, SamplingMetadata] = {}
         self._cached_version = -1
 
@@ -166,25 +164,25 @@ class SamplingStage:
         """
         slots = sampled.slots
         steady: NDArray[np.bool_] = self._steady_from[slots] <= self.batch.num_tokens[slots]
-        self._unseen = scheduled.unseen
         if not scheduled.reparented:
             return steady if steady.all() else np.zeros_like(steady)
         reparented = self.of_requests(slots, scheduled.reparented)
         return steady | reparented if (steady | reparented).all() else reparented
 
-    def launch(self, logits: torch.Tensor, sampled: SampledRows) -> Launched:
+    def launch(self, logits: torch.Tensor, sampled: SampledRows, unseen: Collection[str] = ()) -> Launched:
         """Have the device sample rows that ``run_ahead``, without waiting for it. Pass what comes to ``finish``.
 
         Args:
             logits: ``[len(sampled), vocab]`` in the model's dtype; may be written to.
             sampled: what each row of logits belongs to.
+            unseen: requests of which the host has not seen what came of the step before.
         """
         slots, drawn, errors = sampled.slots, list[_Drawn](), dict[str, Exception]()
         if self._slot_uses[:, slots].any():
             logits = logits.float()
             self._process(logits, sampled, errors)
         for part, rows in self._by_sampler(slots):
-            call = partial(self._draw, part, logits, sampled, rows, drawn)
+            call = partial(self._draw, part, take_rows(logits, rows), sampled.take(rows), unseen, drawn)
             self._guard("sampler", part, slots[rows], errors, call)
         self.batch.advance(slots)
         self.current = "engine"
@@ -193,31 +191,29 @@ class SamplingStage:
     def _draw(
         self,
         part: NamedPart,
-        logits: torch.Tensor,
-        sampled: SampledRows,
-        rows: NDArray[np.int64],
+        given: torch.Tensor,
+        rows: SampledRows,
+        unseen: Collection[str],
         drawn: list[_Drawn],
     ) -> None:
-        mine, batch = sampled.take(rows), self.batch
-        sampler: Sampler = part.part
-        metadata = self._metadata(mine)
-        given = take_rows(logits, rows)
+        batch, sampler = self.batch, part.part
+        metadata = self._metadata(rows)
         # Only samplers that read logits as they are leave them so, and can be judged by what they have read.
         as_they_are = getattr(sampler, "reads_any_dtype", False)
         given = given if as_they_are else given.float()
         peaks = None if as_they_are else given.amax(1)
         reparented = bool(getattr(sampler, "reparents", False))
         metadata.runs_ahead = True
-        metadata.is_behind = self.of_requests(mine.slots, self._unseen) if reparented else None
+        metadata.is_behind = np.array([name in unseen for name in metadata.request_ids]) if reparented else None
         output = sampler.step(given, metadata)
         _check_ahead(output, len(rows), reparented=reparented)
         peaks = output.peaks if output.peaks is not None else peaks if peaks is not None else given.amax(1)
         batch.last_tokens.index_copy_(0, metadata.slots, output.tokens[: len(rows), 0])
-        self._keep_state(mine, metadata, output)
-        claims, places = batch.claims[mine.slots], batch.num_tokens[mine.slots]
-        move = batch.reparent(mine.slots, metadata.slots, output.parents[: len(rows)]) if reparented else None
+        self._keep_state(rows, metadata, output)
+        claims, places = batch.claims[rows.slots], batch.num_tokens[rows.slots]
+        move = batch.reparent(rows.slots, metadata.slots, output.parents[: len(rows)]) if reparented else None
         copies = _copies(output, in_place=not reparented)
-        drawn.append(_Drawn(part, mine, claims, places, metadata, copies, to_host(peaks), move))
+        drawn.append(_Drawn(part, rows, claims, places, metadata, copies, to_host(peaks), move))
 
     def _keep_state(self, rows: SampledRows, metadata: SamplingMetadata, output: SamplerOutput) -> None:
         """Leave what a strategy keeps with its rows on the device, for the next step."""
