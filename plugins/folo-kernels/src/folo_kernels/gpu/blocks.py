@@ -27,12 +27,12 @@ class LayerShape:
     value_scale: float = 1.0
 
 
-def upload(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Copy numbers into an int64 tensor on the device without waiting for the device.
+def upload(numbers: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """Copy numbers into a tensor on the device without waiting for the device.
 
     Torch's allocator of pinned memory keeps the source until the copy has run.
     """
-    tensor = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+    tensor = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
     return tensor.to(device, non_blocking=True)
 
 

@@ -68,7 +68,7 @@ def multiply(
     Raises:
         ValueError: the tensors do not fit together.
     """
-    rows = x.rows if isinstance(x, ScaledRows) else x
+    rows = _source(x)[0]
     out = rows.new_empty(len(rows), len(weight))
     _launch_product(x, weight, out, config, counters, pdl=pdl)
     return out
@@ -122,8 +122,7 @@ def gated_product(
 
     ``config.block_outputs`` counts those of the result, ``[rows, outputs]``; see :func:`multiply`.
     """
-    scaled = x if isinstance(x, ScaledRows) else None
-    rows = x.rows if isinstance(x, ScaledRows) else x
+    rows, squares, epsilon, parts = _source(x)
     outputs, inputs = weight.shape[0] // 2, weight.shape[1]
     out = rows.new_empty(len(rows), outputs)
     if not len(rows):
@@ -133,15 +132,15 @@ def gated_product(
         *_descriptors(rows, weight, config),
         weight,
         out,
-        out if scaled is None else scaled.squares,
+        squares,
         _partials(rows, grid, 2 * config.block_outputs, config),
         counters,
         len(rows),
-        0.0 if scaled is None else scaled.epsilon,
+        epsilon,
         INPUTS=inputs,
         OUTPUTS=outputs,
         ACTIVATION=ACTIVATION_NUMBERS[activation],
-        **_parts(scaled),
+        **parts,
         **common,
     )
     return out
@@ -181,8 +180,7 @@ def rotated_product(
 
     ``config.block_outputs`` is half a head: a program makes both halves; see :func:`multiply`.
     """
-    scaled = x if isinstance(x, ScaledRows) else None
-    rows = x.rows if isinstance(x, ScaledRows) else x
+    rows, squares, epsilon, parts = _source(x)
     _check_rotation(rows, weight, rotation, config)
     _, kv_heads, block_size, size = rotation.keys.shape
     heads = len(weight) // size - 2 * kv_heads
@@ -193,7 +191,7 @@ def rotated_product(
     rotated_product_kernel[grid](
         *_descriptors(rows, weight, config),
         weight,
-        query if scaled is None else scaled.squares,
+        squares,
         _partials(rows, grid, size, config),
         counters,
         rotation.positions,
@@ -206,14 +204,14 @@ def rotated_product(
         rotation.keys,
         rotation.values,
         len(rows),
-        0.0 if scaled is None else scaled.epsilon,
+        epsilon,
         rotation.epsilon,
         INPUTS=weight.shape[1],
         HEADS=heads,
         KV_HEADS=kv_heads,
         BLOCK_SIZE=block_size,
         NORM=rotation.query_norm is not None,
-        **_parts(scaled),
+        **parts,
         **common,
     )
     return query
@@ -236,8 +234,7 @@ def _launch_product(
     factor: torch.Tensor | None = None,
     pdl: bool,
 ) -> None:
-    given = x if isinstance(x, ScaledRows) else None
-    rows = x.rows if isinstance(x, ScaledRows) else x
+    rows, squares, epsilon, parts = _source(x)
     outputs, inputs = weight.shape
     if not len(rows):
         return
@@ -248,17 +245,17 @@ def _launch_product(
         out,
         out if scaled is None else scaled.rows,
         out if factor is None else factor,
-        out if given is None else given.squares,
+        squares,
         out if scaled is None else scaled.squares,
         _partials(rows, grid, config.block_outputs, config),
         counters,
         len(rows),
-        0.0 if given is None else given.epsilon,
+        epsilon,
         INPUTS=inputs,
         OUTPUTS=outputs,
         ADD=add,
         SCALE=scaled is not None,
-        **_parts(given),
+        **parts,
         **common,
     )
 
@@ -302,9 +299,12 @@ def _partials(rows: torch.Tensor, grid: tuple[int], outputs: int, config: Produc
     return rows.new_empty(max(count, 1), dtype=torch.float32)
 
 
-def _parts(scaled: ScaledRows | None) -> dict[str, int]:
-    parts = 0 if scaled is None else scaled.squares.shape[1]
-    return {"PARTS": parts, "PARTS_TILE": triton.next_power_of_2(max(parts, 1))}
+def _source(x: torch.Tensor | ScaledRows) -> tuple[torch.Tensor, torch.Tensor, float, dict[str, int]]:
+    """Rows, the sums of their squares (any tensor where nothing is to be divided), epsilon, and parts of the sums."""
+    if not isinstance(x, ScaledRows):
+        return x, x, 0.0, {"PARTS": 0, "PARTS_TILE": 1}
+    parts = x.squares.shape[1]
+    return x.rows, x.squares, x.epsilon, {"PARTS": parts, "PARTS_TILE": triton.next_power_of_2(max(parts, 1))}
 
 
 def _check_product(rows: torch.Tensor, weight: torch.Tensor) -> None:

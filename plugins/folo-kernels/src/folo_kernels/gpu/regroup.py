@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from folo_kernels.gpu.blocks import upload
 from folo_kernels.gpu.plan import FIELDS
 
 if TYPE_CHECKING:
@@ -52,13 +53,14 @@ def regroup(plan: StagedPlan, slots: torch.Tensor, blocks: DeviceBlocks, moves: 
         moves: who takes whose blocks.
     """
     count, widest = len(moves.groups), max(number for _, number in moves.groups)
-    # Groups first, in a place of a whole number of 16 bytes: kernels are compiled for that once.
-    told = _upload([n for group in moves.groups for n in group], moves.spares, blocks.device)
+    groups = [number for group in moves.groups for number in group]
+    groups += [0] * (-len(groups) % 4)  # spares begin at a multiple of 16 bytes: kernels are compiled for that once
+    told = upload([*groups, *moves.spares.tolist()], blocks.device, torch.int32)
     lanes = max(2, int(triton.next_power_of_2(widest)))
     copies = torch.empty((count * lanes, 2), dtype=torch.int32, device=blocks.device)
     _regroup_kernel[(count,)](
         plan.part("tables"), plan.tables.shape[1], plan.part("rows"), slots, moves.parents,
-        told, told[_aligned(2 * count) :], copies,
+        told, told[len(groups) :], copies,
         BLOCK_SIZE=blocks.block_size, LANES=lanes, COLUMNS=_COLUMNS, num_warps=4,
     )  # fmt: skip
     for pool in blocks.pools():
@@ -66,19 +68,6 @@ def regroup(plan: StagedPlan, slots: torch.Tensor, blocks: DeviceBlocks, moves: 
         _copy_kernel[(count * lanes, len(pool))](
             pool, pool.stride(0), pool.stride(1), copies, numbers, CHUNK=_CHUNK, num_warps=4
         )
-
-
-def _aligned(count: int) -> int:
-    return -(-count // 4) * 4
-
-
-def _upload(groups: list[int], spares: Int32s, device: torch.device) -> torch.Tensor:
-    """Copy both into one int32 tensor on the device without waiting for it."""
-    start = _aligned(len(groups))
-    told = torch.empty(start + len(spares), dtype=torch.int32, pin_memory=device.type == "cuda")
-    told[: len(groups)] = torch.tensor(groups, dtype=torch.int32)
-    told[start:] = torch.from_numpy(spares)
-    return told.to(device, non_blocking=True)
 
 
 @triton.jit(do_not_specialize=["width"])
