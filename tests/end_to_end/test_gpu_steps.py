@@ -83,20 +83,24 @@ def test_steps_run_ahead_and_are_replayed(model: Path) -> None:
     assert len(set(replayed)) > 3, "steps of several sizes were replayed"
 
 
-def test_a_decode_step_waits_for_nothing_but_the_step_before_it(model: Path) -> None:
+def run_without_waiting(llm: LLM, steps: int) -> None:
     """Torch raises where the host would wait for the device; the event of an earlier step is no such place."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(steps):
+            llm.engine.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_decode_step_waits_for_nothing_but_the_step_before_it(model: Path) -> None:
     llm = open_llm(model)
     for number, prompt in enumerate([[5, 6, 7], [8, 9], [3] * 20]):
         params = SamplingParams(temperature=0.8 * (number > 0), top_k=10, seed=number, max_tokens=60, ignore_eos=True)
         llm.engine.add_request(str(number), prompt, params)
     for _ in range(8):
         llm.engine.step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(40):
-            llm.engine.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    run_without_waiting(llm, 40)
     assert all(len(r.live[0].data.output_token_ids) > 30 for r in llm.engine.requests.values())
     llm.engine.abort(list(llm.engine.requests))
 
@@ -109,12 +113,7 @@ def test_beams_wait_for_nothing_but_the_step_before_them(model: Path) -> None:
     for _ in range(8):
         llm.engine.step()
     before = [[s.block_table.blocks[-1] for s in r.live] for r in llm.engine.requests.values()]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(40):
-            llm.engine.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    run_without_waiting(llm, 40)
     assert all(s.num_pending == 1 for r in llm.engine.requests.values() for s in r.live)
     assert before != [[s.block_table.blocks[-1] for s in r.live] for r in llm.engine.requests.values()]
     llm.engine.check_integrity()
